@@ -1,0 +1,67 @@
+"""How one kind of tensor is quantized: a Format with a scale kind, a granularity and a range rule."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .formats import FloatFormat, Format
+
+
+class RangeRule(BaseModel):
+    """Which numbers the grid must cover: the name of a rule and its options.
+
+    Names: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram_l2``, ``kl`` for activations and
+    ``minmax``, ``percentile``, ``mse``, ``hqo`` for weights (``bitsmith.ranges``).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["minmax", "moving_average", "percentile", "mse", "histogram_l2", "kl", "hqo"] = "minmax"
+    percentile: float = Field(default=99.999, gt=50.0, le=100.0)
+    momentum: float = Field(default=0.1, gt=0.0, le=1.0)
+    candidates: int = Field(default=80, ge=4, le=10_000)
+    bins: int = Field(default=2048, ge=64, le=1 << 20)
+
+
+class TensorSpec(BaseModel):
+    """A Format plus everything that turns it into a grid for one tensor.
+
+    ``symmetric`` fixes the zero point at 0 (an affine integer grid finds its own). With ``auto_unsigned`` a tensor
+    that is known to be non-negative gets the unsigned format of the same width and zero point 0.
+
+    >>> from bitsmith.grid import IntFormat
+    >>> TensorSpec(format=IntFormat(8), symmetric=True, granularity="channel").format.bits
+    8
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Format = Field(discriminator="kind")
+    scale: Literal["float32", "po2"] = "float32"
+    po2_rounding: Literal["ceil", "nearest"] = "ceil"
+    symmetric: bool = True
+    auto_unsigned: bool = True
+    granularity: Literal["tensor", "channel", "group"] = "tensor"
+    axis: int | None = Field(default=None, description="channel or group axis; None: the operator's own")
+    group_size: int | None = Field(default=None, ge=1)
+    range: RangeRule = RangeRule()
+    dynamic: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_kind(cls, data: Any) -> Any:
+        """Let YAML write ``format: {bits: 8}`` without naming the kind."""
+        if isinstance(data, dict) and isinstance(fmt := data.get("format"), dict) and "kind" not in fmt:
+            kind = "float" if "exponent_bits" in fmt else "int"
+            data = {**data, "format": {**fmt, "kind": kind}}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TensorSpec:
+        if (self.group_size is not None) != (self.granularity == "group"):
+            raise ValueError("group_size goes with granularity 'group', and only with it")
+        if isinstance(self.format, FloatFormat) and not self.symmetric:
+            raise ValueError("a float format has no zero point: symmetric must be true")
+        return self

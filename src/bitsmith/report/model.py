@@ -1,0 +1,53 @@
+"""What was done, layer by layer, what it cost and gained: plain data that serializes to JSON."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LayerReport(BaseModel):
+    """One compute layer: how it is quantized and what that costs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    type: str
+    weight_bits: int | None = None
+    input_bits: int | None = None
+    output_bits: int | None = None
+    macs: int = Field(default=0, description="multiply-accumulates for one sample")
+    integer: bool = Field(default=False, description="whether its multiply-accumulates run in integers")
+    sqnr_db: float | None = Field(default=None, description="signal to quantization noise at its output")
+    weight_sqnr_db: float | None = None
+    note: str = ""
+
+
+class Coverage(BaseModel):
+    """How many of the multiply-accumulates run in integers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    integer_macs: int = 0
+    total_macs: int = 0
+    float_layers: list[str] = []
+
+    @property
+    def fraction(self) -> float:
+        """Share of the multiply-accumulates that run in integers, 0 to 1."""
+        return self.integer_macs / self.total_macs if self.total_macs else 0.0
+
+
+class Report(BaseModel):
+    """The whole story of one quantization; ``q.report``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str = ""
+    target: str = ""
+    placement: str = ""
+    samples: int = 0
+    coverage: Coverage = Coverage()
+    output_sqnr_db: float | None = None
+    layers: list[LayerReport] = []
+    notes: list[str] = []
+    seconds: dict[str, float] = {}
