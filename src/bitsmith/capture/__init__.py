@@ -1,0 +1,15 @@
+"""Reading a user's model, unmodified, into a LayerGraph."""
+
+from .capture import capture, check_finite, evaluation_mode
+from .inputs import ForwardFunction, batch_arguments, read_batches, sample_count, tensors_of
+
+__all__ = [
+    "ForwardFunction",
+    "batch_arguments",
+    "capture",
+    "check_finite",
+    "evaluation_mode",
+    "read_batches",
+    "sample_count",
+    "tensors_of",
+]

@@ -1,0 +1,1 @@
+"""The quantized model in integers: exact sums of products, and the laws that scale them."""

@@ -1,0 +1,5 @@
+"""Deciding where Quantizers stand."""
+
+from .layers import QuantLayer
+
+__all__ = ["QuantLayer"]

@@ -23,18 +23,24 @@ class LayerReport(BaseModel):
 
 
 class Coverage(BaseModel):
-    """How many of the multiply-accumulates run in integers."""
+    """How many of the multiply-accumulates have both operands on grids, and how many the target runs on codes."""
 
     model_config = ConfigDict(extra="forbid")
 
-    integer_macs: int = 0
     total_macs: int = 0
+    quantized_macs: int = Field(default=0, description="both operands are quantized")
+    integer_macs: int = Field(default=0, description="of those, what the target multiplies as integers")
     float_layers: list[str] = []
 
     @property
     def fraction(self) -> float:
-        """Share of the multiply-accumulates that run in integers, 0 to 1."""
+        """Share of the multiply-accumulates that run in integers on the target, 0 to 1."""
         return self.integer_macs / self.total_macs if self.total_macs else 0.0
+
+    @property
+    def quantized_fraction(self) -> float:
+        """Share of the multiply-accumulates whose operands are quantized, 0 to 1."""
+        return self.quantized_macs / self.total_macs if self.total_macs else 0.0
 
 
 class Report(BaseModel):

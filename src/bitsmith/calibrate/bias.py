@@ -1,0 +1,56 @@
+"""The grid of a bias: integers at the scale of the accumulator, s_x * s_w."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from ..capture.ops import quantizer_of
+from ..grid import Grid, IntFormat
+from ..place.layers import QuantLayer
+
+
+def set_bias_grid(layer: QuantLayer, node: fx.Node | None) -> None:
+    """Give a layer's bias its grid; where input or weight are no integers the bias stays float."""
+    if layer.bias_quantizer is None or node is None or layer.weight_quantizer is None:
+        return
+    source, weights = quantizer_of(node.args[0]), layer.weight_quantizer.grid
+    inputs = source.grid if source is not None else None
+    if inputs is None or weights is None or not _integers(inputs, weights) or weights.group_size is not None:
+        layer.bias_quantizer = None
+        return
+    scale = inputs.scale * weights.scale
+    fmt = layer.bias_quantizer.spec.format
+    axis = 0 if scale.ndim else None
+    layer.bias_quantizer.set_grid(Grid(fmt, scale, None, axis))
+    _raise_tiny_scales(layer, inputs)
+
+
+def _raise_tiny_scales(layer: QuantLayer, inputs: Grid) -> None:
+    """Widen the weight scale of channels so small that their bias would not fit its integers.
+
+    Nearly dead channels have weights of 1e-20 and a bias of ordinary size. Their weights vanish on the wider grid,
+    which changes their output by less than one step of the accumulator.
+    """
+    assert layer.weight_quantizer is not None and layer.bias_quantizer is not None
+    bias, weights, grid = layer.bias, layer.weight_quantizer.require_grid(), layer.bias_quantizer.require_grid()
+    fmt = grid.format
+    if bias is None or not isinstance(fmt, IntFormat):
+        return
+    limit = float(2 ** (min(fmt.bits, 32) - 2))
+    needed = (bias.detach().abs().double() / limit / inputs.scale.double()).float()
+    if not weights.scale.ndim:
+        needed = needed.max()
+    if not bool((needed > weights.scale).any()):
+        return
+    scale = torch.maximum(weights.scale, needed)
+    if layer.weight_quantizer.spec.scale == "po2":
+        scale = torch.where(needed > weights.scale, torch.exp2(torch.ceil(torch.log2(scale))), scale)
+    layer.weight_quantizer.set_grid(dataclasses.replace(weights, scale=scale))
+    layer.bias_quantizer.set_grid(dataclasses.replace(grid, scale=inputs.scale * scale))
+
+
+def _integers(*grids: Grid) -> bool:
+    return all(isinstance(grid.format, IntFormat) for grid in grids)

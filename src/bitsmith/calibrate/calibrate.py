@@ -1,0 +1,92 @@
+"""Find every grid of a placed graph: weights first, then one walk for activations and biases."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.inputs import Arguments, sample_count, tensors_of
+from ..capture.ops import module_of
+from ..errors import CalibrationError, NonFiniteError
+from ..grid.spec import TensorSpec
+from ..place.layers import QuantLayer
+from ..place.macs import elements_of
+from ..place.place import Placed, layer_name
+from ..ranges import weight_grid
+from ..targets import Target
+from .walk import Progress, Walk, WalkLog
+
+_CHUNK_BYTES = 4 << 20  # of the largest activation of a chunk: it should stay in cache
+_MIN_CHUNK = 4
+
+
+def calibrate(
+    graph: fx.GraphModule, placed: Placed, batches: list[Arguments], target: Target, *, memory: int,
+    noise_samples: int = 128, progress: Progress | None = None,
+) -> WalkLog:  # fmt: skip
+    """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
+    set_weight_grids(placed)
+    chunks = rechunk(graph, batches)
+    return Walk(
+        graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples, progress=progress
+    ).run()
+
+
+def set_weight_grids(placed: Placed) -> None:
+    """The grid of every weight, from the weights alone."""
+    for node in placed.layers:
+        layer = module_of(node)
+        if not isinstance(layer, QuantLayer) or layer.weight_quantizer is None:
+            continue
+        spec = layer.weight_quantizer.spec
+        axis = weight_axis(layer, spec)
+        try:
+            grid = weight_grid(layer.weight.detach(), spec, axis)
+        except (NonFiniteError, CalibrationError) as error:
+            raise type(error)(f"weight of {layer_name(node)!r}: {error}") from error
+        layer.weight_quantizer.set_grid(grid)
+
+
+def weight_axis(layer: QuantLayer, spec: TensorSpec) -> int:
+    """The output-channel axis of a layer's weight."""
+    if spec.axis is not None:
+        return spec.axis
+    return 1 if type(layer.layer).__name__.startswith("ConvTranspose") else 0
+
+
+def rechunk(graph: fx.GraphModule, batches: list[Arguments]) -> list[Arguments]:
+    """Cut batches so that the largest activation of a chunk stays in cache; batches of a fixed size stay whole."""
+    placeholders = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+    tensors = [v for v in placeholders if isinstance(v, Tensor) and v.ndim]
+    if not tensors or not all(isinstance(v.shape[0], torch.SymInt) for v in tensors):
+        return batches
+    largest = max((elements_of(n) for n in graph.graph.nodes), default=1) * 4
+    size = max(_MIN_CHUNK, _CHUNK_BYTES // max(largest, 1))
+    chunks: list[Arguments] = []
+    for batch in batches:
+        count = sample_count(batch)
+        same = all(t.ndim and t.shape[0] == count for t in tensors_of(batch))
+        if not same or count <= size:
+            chunks.append(batch)
+            continue
+        for start in range(0, count, size):
+            piece = slice(start, start + size)
+            chunks.append(torch.utils._pytree.tree_map_only(Tensor, lambda t, piece=piece: t[piece], batch))
+    return chunks
+
+
+def parse_memory(memory: str | int) -> int:
+    """Bytes from ``"2GB"``, ``"512MiB"`` or a number.
+
+    >>> parse_memory("2GB")
+    2000000000
+    """
+    if isinstance(memory, int):
+        return memory
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
+    if match is None:
+        raise CalibrationError(f"memory={memory!r} is not a size: write for example '2GB' or '512MiB'")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))

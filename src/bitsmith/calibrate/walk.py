@@ -1,0 +1,251 @@
+"""One walk over the graph: float and quantized stream side by side, keeping only what is still needed.
+
+At each stage all inputs of all calibration samples are at hand, so ranges are exact and the noise of every layer
+is measured on the way. The float stream may run ahead of the quantized one, when tensors that share a scale must
+all be seen before the first of them can be quantized.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.inputs import Arguments, sample_count
+from ..errors import CalibrationError, NonFiniteError
+from ..grid import Grid, Quantizer, dequantize, quantize
+from ..grid.kernels import fake_quantize_
+from ..place.macs import elements_of
+from ..place.place import ScaleGroup
+from ..ranges import activation_grid, activation_statistic
+from ..targets import Target
+from .bias import set_bias_grid
+from .groups import join_grids
+from .noise import Noise
+from .stages import Stage, cut_into_stages
+from .store import Store
+
+Progress = Callable[[int, int, str], None]  # (stages done, stages in all, what is being done)
+
+
+@dataclass
+class WalkLog:
+    """What the walk measured: noise at the end of each stage with a layer, and at the outputs."""
+
+    noise: dict[fx.Node, Noise] = field(default_factory=dict)
+    output: Noise = field(default_factory=Noise)
+    samples: int = 0
+    noise_samples: int = 0
+    spilled_bytes: int = 0
+
+
+class Walk:
+    """Runs both streams over a placed graph, stage by stage, and sets every Quantizer's grid.
+
+    ``noise_samples`` bounds how many samples the quantized stream follows; ranges always see all of them.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, batches: list[Arguments], groups: list[ScaleGroup], target: Target, *,
+        memory: int, noise_samples: int = 128, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.target, self.progress = graph, target, progress
+        self.chunks = list(batches)
+        self.counts = [sample_count(chunk) for chunk in self.chunks]
+        self.quantized_chunks = _chunks_for(self.counts, noise_samples)
+        self.stages = cut_into_stages(graph)
+        self.group_of = {id(q): group for group in groups for q in group.members}
+        self.grids: dict[int, Grid] = {}
+        self.statistics: dict[int, Any] = {}
+        self.store = Store(memory)
+        self.log = WalkLog(samples=sum(self.counts), noise_samples=sum(self.counts[: self.quantized_chunks]))
+        self._float_position = 0
+        self._uses = {"float": self._count_uses(compared=True), "quantized": self._count_uses(compared=False)}
+
+    def run(self) -> WalkLog:
+        """Walk to the end."""
+        with torch.no_grad(), self.store:
+            self._load_inputs()
+            for index, stage in enumerate(self.stages):
+                if self.progress is not None:
+                    self.progress(index, len(self.stages), str(stage.end.target))
+                self._run_float_to(self._needed_for(index))
+                if stage.observes and stage.quantizer is not None:
+                    self._fix_grid(stage.quantizer, stage)
+                if stage.layer is not None:
+                    set_bias_grid(stage.layer, stage.compute)
+                self._run_quantized(stage)
+            self._measure_outputs()
+            if self.progress is not None:
+                self.progress(len(self.stages), len(self.stages), "done")
+            self.log.spilled_bytes = self.store.spilled_bytes
+        return self.log
+
+    # The streams
+
+    def _load_inputs(self) -> None:
+        placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
+        for chunk, arguments in enumerate(self.chunks):
+            leaves = torch.utils._pytree.tree_leaves(arguments)
+            for node, value in zip(placeholders, leaves):
+                if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise NonFiniteError(f"calibration input {node.name!r} (batch {chunk}) holds NaN or infinite values")
+                self.store.put(("float", node.name, chunk), value)
+                if chunk < self.quantized_chunks:
+                    self.store.put(("quantized", node.name, chunk), value)
+
+    def _needed_for(self, index: int) -> int:
+        """How far the float stream must be before stage ``index`` can be quantized."""
+        quantizer = self.stages[index].quantizer
+        group = self.group_of.get(id(quantizer))
+        if group is None:
+            return index + 1
+        members = {id(member) for member in group.members}
+        last = max(i for i, s in enumerate(self.stages) if s.observes and id(s.quantizer) in members)
+        return max(index, last) + 1
+
+    def _run_float_to(self, position: int) -> None:
+        while self._float_position < position:
+            stage = self.stages[self._float_position]
+            self._float_position += 1
+            statistic = self._start_statistic(stage)
+            for chunk in range(len(self.chunks)):
+                value = self._execute("float", stage, chunk)
+                if statistic is not None:
+                    self._observe(statistic, value, stage, chunk)
+                self.store.put(("float", stage.end.name, chunk), value)
+            self._release("float", [source.name for source in stage.inputs])
+
+    def _run_quantized(self, stage: Stage) -> None:
+        noise = Noise() if stage.compute is not None else None
+        for chunk in range(self.quantized_chunks):
+            value = self._execute("quantized", stage, chunk)
+            grid = stage.quantizer.grid if stage.quantizer is not None else None
+            if grid is not None:
+                value = fake_quantize_(value, grid)
+            if noise is not None:
+                noise.update(self.store.get(("float", stage.end.name, chunk)), value)
+            if grid is not None and grid.format.bits <= 16 and grid.format.kind == "int":
+                value = quantize(value, grid)
+            self.store.put(("quantized", stage.end.name, chunk), value)
+        if noise is not None and stage.compute is not None:
+            self.log.noise[stage.compute] = noise
+            self._release("float", [stage.end.name])
+        self._release("quantized", [source.name for source in stage.inputs])
+
+    def _execute(self, stream: str, stage: Stage, chunk: int) -> Any:
+        """The value of a stage's end before its Quantizer."""
+        env = {source: self._read(stream, source, chunk) for source in stage.inputs}
+        nodes = stage.nodes[:-1] if stage.quantizer is not None else stage.nodes
+        value: Any = env[stage.inputs[0]] if stage.inputs and not nodes else None
+        if not nodes and isinstance(value, Tensor) and stream == "quantized":
+            value = value.clone()
+        for node in nodes:
+            value = env[node] = self._call(stream, node, env)
+        return value
+
+    def _call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args = fx.map_arg(node.args, lambda n: env[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+        if node.op == "get_attr":
+            return getattr(self.graph, str(node.target))
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        module = self.graph.get_submodule(str(node.target))
+        if stream == "float" and hasattr(module, "weight_quantizer"):
+            module = module.layer  # type: ignore[assignment]
+        return module(*args, **kwargs)
+
+    def _read(self, stream: str, node: fx.Node, chunk: int) -> Any:
+        value = self.store.get((stream, node.name, chunk))
+        if stream == "quantized" and node.op == "call_module":
+            module = self.graph.get_submodule(str(node.target))
+            if isinstance(module, Quantizer) and isinstance(value, Tensor) and not value.is_floating_point():
+                return dequantize(value, module.require_grid())
+        return value
+
+    # Ranges and noise
+
+    def _start_statistic(self, stage: Stage) -> Any:
+        if not stage.observes or stage.quantizer is None:
+            return None
+        value = stage.end.meta.get("val")
+        per_sample = elements_of(stage.end) if isinstance(value, Tensor) else 0
+        self.statistics[id(stage.quantizer)] = statistic = activation_statistic(
+            stage.quantizer.spec, max(per_sample * self.log.samples, 1)
+        )
+        return statistic
+
+    def _observe(self, statistic: Any, value: Tensor, stage: Stage, chunk: int) -> None:
+        try:
+            statistic.update(value)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"the output of {_name(stage)} holds NaN or infinite values in calibration batch {chunk}: look at the "
+                "float model on this batch; a division, a log or an overflow there makes them"
+            ) from error
+
+    def _fix_grid(self, quantizer: Quantizer, stage: Stage) -> None:
+        group = self.group_of.get(id(quantizer))
+        if id(quantizer) not in self.grids:
+            members = group.members if group else [quantizer]
+            grids = [self._solve(member, stage) for member in members]
+            joined = join_grids(grids, group.kind) if group else grids
+            self.grids.update({id(member): grid for member, grid in zip(members, joined)})
+        quantizer.set_grid(self.grids[id(quantizer)])
+
+    def _solve(self, quantizer: Quantizer, stage: Stage) -> Grid:
+        try:
+            return activation_grid(
+                self.statistics.pop(id(quantizer)), quantizer.spec, non_negative=quantizer.non_negative,
+                unsigned_codes=self.target.unsigned_codes,
+            )  # fmt: skip
+        except CalibrationError as error:
+            raise CalibrationError(f"no range for the output of {_name(stage)}: {error}") from error
+
+    def _measure_outputs(self) -> None:
+        output = next(node for node in self.graph.graph.nodes if node.op == "output")
+        for source in output.all_input_nodes:
+            for chunk in range(self.quantized_chunks):
+                exact = self.store.get(("float", source.name, chunk))
+                if isinstance(exact, Tensor) and exact.is_floating_point():
+                    self.log.output.update(exact, self._read("quantized", source, chunk))
+
+    # Liveness
+
+    def _count_uses(self, *, compared: bool) -> dict[str, int]:
+        """How often each value is still to be read: by stages, by the output, and for comparison."""
+        output = next(node for node in self.graph.graph.nodes if node.op == "output")
+        readers = [source.name for stage in self.stages for source in stage.inputs]
+        readers += [source.name for source in output.all_input_nodes]
+        readers += [stage.end.name for stage in self.stages if compared and stage.compute is not None]
+        return dict(Counter(readers))
+
+    def _release(self, stream: str, names: list[str]) -> None:
+        for name in names:
+            self._uses[stream][name] -= 1
+            if self._uses[stream][name] == 0:
+                self.store.drop(stream, name, len(self.chunks))
+
+
+def _name(stage: Stage) -> str:
+    """The layer or operator that makes a stage's value."""
+    node = stage.nodes[-2] if stage.quantizer is not None and len(stage.nodes) > 1 else stage.nodes[0]
+    if stage.quantizer is not None and len(stage.nodes) == 1:
+        node = stage.inputs[0]
+    named = stage.compute or node
+    return repr(str(named.target)) if named.op in ("call_module", "placeholder") else repr(named.name)
+
+
+def _chunks_for(counts: list[int], samples: int) -> int:
+    """How many leading chunks hold at least ``samples`` samples."""
+    total = 0
+    for index, count in enumerate(counts):
+        if total >= samples:
+            return index
+        total += count
+    return len(counts)

@@ -1,0 +1,53 @@
+"""The ``bitsmith`` command and its exit status."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ..errors import BitsmithError
+
+FAILED = 1
+NOT_CERTIFIED = 3
+
+
+class _Teaching(TyperGroup):
+    """Turns Bitsmith's errors into one message on standard error; ``BITSMITH_DEBUG=1`` lets them through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BitsmithError as error:
+            if os.environ.get("BITSMITH_DEBUG"):
+                raise
+            message = Text("error: ", style="bold red").append(str(error), style="not bold default")
+            Console(stderr=True, soft_wrap=True).print(message)
+            raise typer.Exit(FAILED) from error
+
+
+app = typer.Typer(
+    name="bitsmith",
+    cls=_Teaching,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a trained PyTorch model into a verified fixed-point model for a named target.",
+    epilog=(
+        "Exit status: 0 done, 1 an error (its message says what to do; BITSMITH_DEBUG=1 adds a traceback), "
+        "2 wrong usage, 3 the file failed its certificate, 130 interrupted."
+    ),
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+from . import demo, inspect, quantize  # noqa: E402, F401  (they register their commands on app)

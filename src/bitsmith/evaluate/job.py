@@ -1,0 +1,273 @@
+"""The main job from end to end: a model and data in; a verified file, and what it is worth, out."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ..errors import DataError, ExportError, VerificationError
+from ..files import staged_dir, write_text
+from ..recipe import PlacementName
+from ..report.model import Report
+from .data import Data
+from .float_file import export_float_onnx
+from .latency import Latency, interleaved_latency, onnxruntime_runner, onnxruntime_session
+from .metrics import Metric, Metrics, Recorder, evaluate, split_batch
+from .progress import progress_callback
+
+MODEL_FILE = "model.onnx"
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
+VERIFIED_SAMPLES = 16
+
+
+class JobSettings(BaseModel):
+    """How the job is done; named as in ``bitsmith.quantize`` and ``bitsmith.export_onnx``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str = "int8"
+    target: str = "onnxruntime"
+    placement: PlacementName | None = None
+    style: Literal["qdq", "qcdq"] = "qdq"
+    opset: int | None = None
+    memory: str = "4GB"
+    latency: bool = True
+    latency_seconds: float = Field(default=3.0, gt=0)
+
+
+class JobResult(BaseModel):
+    """All numbers of one job; ``report.json`` is this, and its keys are part of Bitsmith's interface.
+
+    ``report``: what was done, layer by layer. ``metrics``: ``float``, ``simulated`` and ``deployed`` (the
+    file in onnxruntime). ``certificate``: the file against simulation and integer executor. ``latency``:
+    ``float`` and ``quantized`` file, batch 1. ``sizes``: bytes of both. ``files``: what the folder holds.
+    ``job``: settings, data, torch's threads. ``notes``: what the reader should know.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    report: Report
+    metrics: dict[str, Metrics] = {}
+    certificate: dict[str, Any] | None = None
+    latency: dict[str, Latency] = {}
+    sizes: dict[str, int] = {}
+    files: dict[str, str] = {}
+    job: dict[str, Any] = {}
+    notes: list[str] = []
+
+    @property
+    def passed(self) -> bool:
+        """Whether the certificate, if there is one, says that the file is right."""
+        return self.certificate is None or bool(self.certificate.get("passed"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its data, and how to quantize it; without ``validation``, calibration data are judged on."""
+
+    model: nn.Module
+    calibration: Data
+    validation: Data | None = None
+    settings: JobSettings = field(default_factory=JobSettings)
+    metric: Metric | None = None
+    show_progress: bool | None = False
+    say: Callable[[str], None] = lambda _: None
+
+    @property
+    def judged(self) -> Data:
+        """The data that accuracy is measured on."""
+        return self.validation or _Unlabelled(self.calibration)
+
+
+def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
+    """Float accuracy, quantization, and the simulation's accuracy: everything short of a file."""
+    if isinstance(job.judged, _Unlabelled):
+        notes = ["no validation data: the models are compared on the calibration samples, which flatters"]
+    else:
+        notes = []
+    recorder = Recorder(job.model)
+    # First, so that data that cannot be read, or the wrong preprocessing, shows before any work is done.
+    metrics = {"float": _measure(job, recorder, "float model")}
+    job.say(f"float model: {_headline(metrics['float'])}")
+    quantized = _quantize(job)
+    metrics["simulated"] = _measure(job, quantized, "simulation", recorder)
+    job.say(f"simulation: {_headline(metrics['simulated'])}")
+    report = quantized.report
+    assert isinstance(report, Report)
+    result = JobResult(report=report, metrics=metrics, job=_circumstances(job), notes=notes)
+    return result, quantized, recorder
+
+
+def run_job(job: Job, output: str | Path) -> JobResult:
+    """Quantize, write, verify and measure. ``output`` gets all files at the end, or, on an error, none."""
+    import bitsmith
+
+    with staged_dir(output) as folder:
+        result, quantized, recorder = simulate(job)
+        inputs = _sample_inputs(job.judged)
+        _write(job, quantized, folder)
+        job.say("verifying the file against the integer executor and the simulation")
+        result.certificate = _certify(job, quantized, folder, inputs)
+        engine = _engine(job.settings.target)
+        deployed = bitsmith.deploy(folder / MODEL_FILE, engine=engine)
+        result.metrics["deployed"] = _measure(job, deployed, f"file in {engine}", recorder)
+        job.say(f"file in {engine}: {_headline(result.metrics['deployed'])}")
+        _weigh(job, folder, inputs, result)
+        final = Path(output)
+        names = [*sorted(entry.name for entry in folder.iterdir()), REPORT_FILE]
+        result.files = {_role(name): str(final / name) for name in names}
+        write_text(folder / REPORT_FILE, result.model_dump_json(indent=2) + "\n")
+    return result
+
+
+class _Unlabelled:
+    """Calibration data standing in for validation data: its labels, if any, prove nothing and are dropped."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self.name = data.name
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._data:
+            yield batch[0] if isinstance(batch, tuple | list) and len(batch) <= 2 else batch
+
+
+def _quantize(job: Job) -> Any:
+    import bitsmith
+
+    settings = job.settings
+    job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, data {job.calibration.name}")
+    start = time.perf_counter()
+    with progress_callback(job.show_progress) as show:
+        quantized = bitsmith.quantize(
+            job.model,
+            job.calibration,
+            recipe=settings.recipe,
+            target=settings.target,
+            placement=settings.placement,
+            memory=settings.memory,
+            progress=show,
+        )
+    job.say(f"quantized in {time.perf_counter() - start:.1f} s")
+    return quantized
+
+
+def _measure(job: Job, model: Any, what: str, recorder: Recorder | None = None) -> Metrics:
+    reference = None if recorder is None else recorder.reference
+    return evaluate(
+        model, job.judged, reference=reference, metric=job.metric, what=what, show_progress=job.show_progress
+    )
+
+
+def _write(job: Job, quantized: Any, folder: Path) -> None:
+    import bitsmith
+
+    job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
+    bitsmith.save(quantized, folder)
+    bitsmith.export_onnx(quantized, folder / MODEL_FILE, style=job.settings.style, opset=job.settings.opset)
+    recipe = folder / RECIPE_FILE
+    if not recipe.exists():
+        write_text(recipe, quantized.recipe.to_yaml())
+
+
+def _certify(job: Job, quantized: Any, folder: Path, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    import bitsmith
+
+    certificate = bitsmith.verify(quantized, folder / MODEL_FILE, inputs if len(inputs) > 1 else inputs[0])
+    return {
+        **certificate.model_dump(mode="json"),
+        "passed": certificate.passed,
+        "verdict": certificate.verdict,
+    }
+
+
+def _engine(target: str) -> str:
+    """What runs the ONNX file: the target's own engine where that reads such files."""
+    from ..targets import get_target
+
+    engine = get_target(target).engine
+    return engine if engine in ("onnxruntime", "openvino") else "onnxruntime"
+
+
+def _weigh(job: Job, folder: Path, inputs: tuple[Any, ...], result: JobResult) -> None:
+    """Sizes and times of the float and the quantized file; a float file that cannot be made is noted."""
+    result.sizes["quantized"] = _size(folder / MODEL_FILE)
+    with tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch:
+        float_file = Path(scratch, "float.onnx")
+        try:
+            export_float_onnx(job.model, inputs, float_file)
+            result.sizes["float"] = _size(float_file)
+            if job.settings.latency:
+                job.say("measuring latency of both files, batch 1")
+                result.latency = _latency(
+                    float_file, folder / MODEL_FILE, inputs, job.settings.latency_seconds
+                )
+        except (ExportError, VerificationError) as error:
+            result.notes.append(str(error))
+
+
+def _latency(
+    float_file: Path, quantized: Path, inputs: tuple[Any, ...], seconds: float
+) -> dict[str, Latency]:
+    runners = {}
+    for name, path in (("float", float_file), ("quantized", quantized)):
+        session = onnxruntime_session(path, torch.get_num_threads())
+        one = [value[:1].numpy() for value in inputs]
+        if session.get_inputs()[0].shape[0] == len(inputs[0]):  # the batch dimension is fixed
+            one = [value.numpy() for value in inputs]
+        runners[name] = onnxruntime_runner(session, dict(zip((i.name for i in session.get_inputs()), one)))
+    return interleaved_latency(runners, seconds=seconds)
+
+
+def _sample_inputs(data: Data) -> tuple[Any, ...]:
+    """Some samples to verify with: the head of the first batch."""
+    for batch in data:
+        inputs, _ = split_batch(batch)
+        return tuple(value[:VERIFIED_SAMPLES] for value in inputs)
+    raise DataError(f"{data.name} holds no samples: there is nothing to verify with")
+
+
+def _size(path: Path) -> int:
+    """Bytes of an ONNX file with its external data, if any."""
+    return sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
+
+
+def _role(name: str) -> str:
+    roles = {MODEL_FILE: "model", RECIPE_FILE: "recipe", REPORT_FILE: "report"}
+    return roles.get(name, Path(name).stem)
+
+
+def _circumstances(job: Job) -> dict[str, Any]:
+    validation = None if job.validation is None else job.validation.name
+    return {
+        **job.settings.model_dump(),
+        "calibration": job.calibration.name,
+        "validation": validation,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _headline(metrics: Metrics) -> str:
+    parts = []
+    if metrics.top1 is not None:
+        parts.append(f"top-1 {metrics.top1:.2f} %")
+    if metrics.metric is not None:
+        parts.append(f"metric {metrics.metric:.4f}")
+    if metrics.agreement is not None:
+        parts.append(f"agrees with float on {metrics.agreement:.2f} %")
+    if metrics.sqnr_db is not None and metrics.top1 is None:
+        parts.append(f"SQNR {metrics.sqnr_db:.1f} dB")
+    return ", ".join([*parts, f"{metrics.samples:,} samples"])

@@ -1,0 +1,89 @@
+"""How long several callables take, measured in turns so that a busy moment strikes all of them alike."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import VerificationError
+
+
+class Latency(BaseModel):
+    """Times of one callable, in milliseconds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    median_ms: float
+    fastest_ms: float
+    rounds: int
+    ratio: float = Field(
+        default=1.0, description="median of the first callable over this one's: above 1 is faster"
+    )
+
+
+def interleaved_latency(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float = 3.0,
+    warmup: int = 3,
+    most_rounds: int = 300,
+) -> dict[str, Latency]:
+    """Median time of each function, called in turns for about ``seconds`` in all (five rounds at least).
+
+    The order turns round by round, so that none always follows the same other; ``ratio`` is relative to the
+    first.
+
+    >>> slow, fast = (lambda: sum(range(90_000))), (lambda: sum(range(9)))
+    >>> times = interleaved_latency({"slow": slow, "fast": fast}, seconds=0.05)
+    >>> times["fast"].ratio > 1
+    True
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + seconds
+    for turn in range(most_rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            functions[name]()
+            times[name].append(1000.0 * (time.perf_counter() - start))
+        if turn >= 4 and time.perf_counter() > deadline:
+            break
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        name: Latency(
+            median_ms=medians[name],
+            fastest_ms=min(values),
+            rounds=len(values),
+            ratio=medians[names[0]] / medians[name] if medians[name] else 1.0,
+        )
+        for name, values in times.items()
+    }
+
+
+def onnxruntime_session(path: str | os.PathLike[str], threads: int | None = None) -> Any:
+    """An onnxruntime session of ``path`` on the CPU; ``threads`` None is onnxruntime's own choice."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # its warnings about constant folding say nothing to the user
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        raise VerificationError(f"onnxruntime does not take {os.fspath(path)!r}: {error}") from error
+
+
+def onnxruntime_runner(session: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    """A function without arguments that runs ``session`` once on ``inputs``."""
+    feeds = dict(inputs)
+    return lambda: session.run(None, feeds)

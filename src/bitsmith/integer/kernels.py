@@ -1,0 +1,173 @@
+"""One integer kernel per operator: how codes of the operands become codes of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.ops import aten_name, module_of, op_of
+from ..grid import Grid, quantize
+from ..place.layers import QuantLayer
+from ..place.plan import operands
+from . import laws
+from .accumulate import Carrier, accumulator_bound, layer_function, product_dtype, to_float32
+
+Run = Callable[[dict[fx.Node, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """``run(env)`` computes an operator; ``name`` says by which law."""
+
+    name: str
+    run: Run
+
+
+def build_kernel(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Carrier) -> Kernel:
+    """The kernel of ``node`` for operands on ``inputs``; float output where ``output`` is None."""
+    name = op_of(node).name
+    dtype = torch.float32 if carrier == "float" else torch.int32
+    if module_of(node) is not None:
+        return Kernel(name, _layer(node, inputs[0], output, carrier))
+    if name == "matmul":
+        return Kernel(name, _matmul(node, inputs, output, carrier))
+    assert output is not None
+    sources = operands(node)
+    first, grid = sources[0], inputs[0]
+    if name in ("add", "mul"):
+        law = laws.add if name == "add" else laws.multiply
+        a, b = sources
+        return Kernel(name, lambda env: law(env[a], env[b], inputs[0], inputs[1], output, dtype))
+    if name == "cat":
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        return Kernel(
+            name,
+            lambda env: torch.cat(
+                [laws.rescale(env[n], g, output, dtype) for n, g in zip(sources, inputs)], dim  # type: ignore[arg-type]
+            ),
+        )
+    if name == "global_avg_pool":
+        return Kernel(name, _global_mean(node, grid, output, dtype))
+    if name == "avg_pool":
+        return Kernel(name, _average_pool(node, grid, output, dtype))
+    return Kernel(name, _table(node, first, grid, output, dtype))
+
+
+def centred_weight(layer: QuantLayer) -> Tensor:
+    """The weight's codes less their zero point, as int32."""
+    assert layer.weight_quantizer is not None
+    grid = layer.weight_quantizer.require_grid()
+    codes = quantize(layer.weight.detach(), grid).to(torch.int32)
+    if grid.zero_point is not None:
+        zero = grid.zero_point
+        if zero.ndim:
+            zero = zero.view([-1 if axis == grid.axis else 1 for axis in range(codes.ndim)])
+        codes = codes - zero
+    return codes
+
+
+def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -> Run:
+    layer = module_of(node)
+    assert isinstance(layer, QuantLayer) and layer.weight_quantizer is not None
+    weights = layer.weight_quantizer.require_grid()
+    codes = centred_weight(layer)
+    transposed = type(layer.layer).__name__.startswith("ConvTranspose")
+    bias = None
+    if layer.bias is not None:
+        assert layer.bias_quantizer is not None
+        bias = quantize(layer.bias.detach(), layer.bias_quantizer.require_grid())
+    bound = accumulator_bound(codes, laws.largest_code(source), bias, 1 if transposed else 0)
+    dtype = product_dtype(carrier, bound, codes.device)
+    weight = codes.to(dtype)
+    if weight.ndim == 4 and dtype.is_floating_point:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    channels = (-1,) if type(layer.layer).__name__ == "Linear" else (-1, *[1] * (codes.ndim - 2))
+    scale = (source.scale * weights.scale).view(channels) if weights.scale.ndim else source.scale * weights.scale
+    if transposed and weights.scale.ndim and weights.scale.numel() != layer.layer.out_channels:
+        scale = scale.repeat(int(layer.layer.groups), *[1] * (scale.ndim - 1))  # type: ignore[call-overload]
+    addend = None if bias is None else bias.to(dtype).view(channels)
+    function, source_node = layer_function(layer.layer), node.args[0]
+    code_dtype = torch.float32 if carrier == "float" else torch.int32
+    ratio = scale if output is None else laws.multiplier(scale, output)
+
+    def run(env: dict[fx.Node, Any]) -> Tensor:
+        accumulator = function(env[source_node].to(dtype), weight)
+        if addend is not None:
+            accumulator = accumulator.add_(addend)
+        if output is None:
+            return to_float32(accumulator) * ratio
+        return laws.requantize(accumulator, ratio, output, code_dtype)
+
+    return run
+
+
+def _matmul(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Carrier) -> Run:
+    a, b = operands(node)
+    depth = int(a.meta["val"].shape[-1]) if isinstance(a.meta["val"].shape[-1], int) else 4096
+    bound = depth * laws.largest_code(inputs[0]) * laws.largest_code(inputs[1])
+    dtype = product_dtype(carrier, bound)
+    scale = inputs[0].scale * inputs[1].scale
+    ratio = scale if output is None else laws.multiplier(scale, output)
+    code_dtype = torch.float32 if carrier == "float" else torch.int32
+
+    def run(env: dict[fx.Node, Any]) -> Tensor:
+        accumulator = torch.matmul(env[a].to(dtype), env[b].to(dtype))
+        if output is None:
+            return to_float32(accumulator) * ratio
+        return laws.requantize(accumulator, ratio, output, code_dtype)
+
+    return run
+
+
+def _global_mean(node: fx.Node, grid: Grid, output: Grid, dtype: torch.dtype) -> Run:
+    source = operands(node)[0]
+    value = node.meta["val"]
+    rank = source.meta["val"].ndim
+    dims = [-1] if aten_name(node).endswith("1d") else list(range(2, rank))
+
+    def run(env: dict[fx.Node, Any]) -> Tensor:
+        result = laws.mean(env[source], dims, grid, output, dtype)
+        return result if value.ndim == result.ndim else result.flatten(1)
+
+    return run
+
+
+def _average_pool(node: fx.Node, grid: Grid, output: Grid, dtype: torch.dtype) -> Run:
+    source = operands(node)[0]
+    pool = average_pool_geometry(node)
+    return lambda env: laws.window_mean(env[source], pool, grid, output, dtype)
+
+
+def average_pool_geometry(node: fx.Node) -> laws.AveragePool:
+    """Kernel, stride and padding of an average pooling node (``capture.ops`` lets only plain windows through)."""
+    name, rank = aten_name(node), int(aten_name(node)[-2])
+    shape = operands(node)[0].meta["val"].shape[-rank:]
+
+    def per_axis(value: Any) -> tuple[int, ...]:
+        values = [value] if isinstance(value, int) else list(value)
+        return tuple(values * rank if len(values) == 1 else values)
+
+    if name.startswith("adaptive"):
+        sizes = per_axis(node.args[1])
+        kernel = tuple(int(s) // o for s, o in zip(shape, sizes))
+        return laws.AveragePool(kernel, kernel, (0,) * rank)
+    values = dict(zip(("kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor"), node.args[1:]))
+    kernel = per_axis(values["kernel"])
+    return laws.AveragePool(
+        kernel, per_axis(values.get("stride") or kernel), per_axis(values.get("padding", 0)),
+        bool(values.get("count_include_pad", True)),
+    )  # fmt: skip
+
+
+def _table(node: fx.Node, source: fx.Node, grid: Grid, output: Grid, dtype: torch.dtype) -> Run:
+    """A function of one element, as a lookup table: computed once in float for every code."""
+    low, high = laws.code_range(grid)
+    codes = torch.arange(low, high + 1, device=grid.scale.device)
+    real = laws.dequantize_centred(codes, grid)
+    args = (real, *node.args[1:])
+    table = laws.quantize_centred(node.target(*args, **node.kwargs), output, dtype)  # type: ignore[operator]
+    return lambda env: table[env[source].long() - low]

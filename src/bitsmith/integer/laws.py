@@ -1,0 +1,132 @@
+"""How integer results reach their output grid, as onnxruntime's kernels do it on x86-64.
+
+All functions take and return centred codes (``code - zero_point``); see ``accumulate``. Every law here was held
+against onnxruntime's kernels (QLinearConv, QLinearMatMul, QGemm, QLinearAdd, QLinearMul, QLinearConcat,
+QLinearGlobalAveragePool, QLinearAveragePool and its lookup tables) on all outputs of random tensors, ties included;
+``tests/integer`` repeats that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..grid import Grid, IntFormat
+from .accumulate import to_float32
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """Geometry of an average pooling, one number per spatial axis."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    count_include_pad: bool = True
+
+
+def zero_point(grid: Grid) -> int:
+    """The zero point of a per-tensor grid."""
+    return 0 if grid.zero_point is None else int(grid.zero_point)
+
+
+def code_range(grid: Grid) -> tuple[int, int]:
+    """Least and greatest centred code."""
+    assert isinstance(grid.format, IntFormat)
+    zero = zero_point(grid)
+    return grid.format.qmin - zero, grid.format.qmax - zero
+
+
+def largest_code(grid: Grid) -> int:
+    """The largest magnitude of a centred code."""
+    low, high = code_range(grid)
+    return max(-low, high)
+
+
+def round_to(values: Tensor, grid: Grid, carrier: torch.dtype) -> Tensor:
+    """Clamp to the grid's codes and round half to even; ``values`` (float32) is used up."""
+    low, high = code_range(grid)
+    return values.clamp_(low, high).round_().to(carrier)
+
+
+def quantize_centred(x: Tensor, grid: Grid, carrier: torch.dtype) -> Tensor:
+    """QuantizeLinear: rint(x / scale), as centred codes."""
+    return round_to(torch.div(x, grid.scale), grid, carrier)
+
+
+def dequantize_centred(codes: Tensor, grid: Grid) -> Tensor:
+    """DequantizeLinear: code * scale."""
+    return codes.to(torch.float32) * grid.scale
+
+
+def multiplier(scale_product: Tensor, output: Grid) -> Tensor:
+    """float32(float32(s_x * s_w) / s_y)."""
+    return scale_product / output.scale
+
+
+def requantize(accumulator: Tensor, scale: Tensor, output: Grid, carrier: torch.dtype) -> Tensor:
+    """QLinearConv, QLinearMatMul, QGemm: rint(float32(accumulator) * multiplier)."""
+    return round_to(to_float32(accumulator) * scale, output, carrier)
+
+
+def add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
+    """QLinearAdd: two fused multiply-adds in float32.
+
+    t = fma(b, s_b / s_c, z_c - (s_a / s_c * z_a + s_b / s_c * z_b)), then rint(fma(a, s_a / s_c, t)).
+    """
+    ratio_a, ratio_b = (grid_a.scale / output.scale).double(), (grid_b.scale / output.scale).double()
+    z_a, z_b, z_c = zero_point(grid_a), zero_point(grid_b), zero_point(output)
+    offset = (ratio_a * z_a).float() + (ratio_b * z_b).float()
+    constant = (torch.tensor(float(z_c), device=a.device) - offset).double()
+    inner = torch.add(b.double(), z_b).mul_(ratio_b).add_(constant).float()
+    total = (torch.add(a.double(), z_a).mul_(ratio_a) + inner.double()).float()
+    return round_to(total.round_().sub_(z_c), output, carrier)
+
+
+def multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
+    """QLinearMul: rint(fma(a * b, float32(float32(s_a * s_b) / s_c), z_c)): ties fall after the zero point is added."""
+    ratio = multiplier(grid_a.scale * grid_b.scale, output).double()
+    z_c = zero_point(output)
+    total = (a.double() * b.double()).mul_(ratio).add_(z_c).float()
+    return round_to(total.round_().sub_(z_c), output, carrier)
+
+
+def rescale(codes: Tensor, source: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
+    """QLinearConcat's table for one operand: rint((code * s_x) / s_y); the codes themselves on equal grids."""
+    if source.scale == output.scale and source.format == output.format and zero_point(source) == zero_point(output):
+        return codes
+    return quantize_centred(dequantize_centred(codes, source), output, carrier)
+
+
+def mean(codes: Tensor, dims: list[int], source: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
+    """QLinearGlobalAveragePool: rint(float32(sum) * float32(s_x / (s_y * count))), dims kept."""
+    count = 1
+    for dim in dims:
+        count *= codes.shape[dim]
+    exact = torch.float64 if codes.is_floating_point() else torch.int64
+    total = codes.sum(dims, keepdim=True, dtype=exact)
+    return requantize(total, source.scale / (output.scale * count), output, carrier)
+
+
+def window_mean(codes: Tensor, pool: AveragePool, source: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
+    """QLinearAveragePool: float32 sum of code * s_x over the window in order, / count, / s_y, rint after + z_y."""
+    real = dequantize_centred(codes, source)
+    rank = len(pool.kernel)
+    edges = [edge for p in reversed(pool.padding) for edge in (p, p)]
+    padded, inside = F.pad(real, edges), F.pad(torch.ones_like(real[:1, :1]), edges)
+    sizes = [(padded.shape[2 + i] - pool.kernel[i]) // pool.stride[i] + 1 for i in range(rank)]
+    total, count = None, None
+    for offsets in itertools.product(*map(range, pool.kernel)):
+        window = (..., *(slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offsets, pool.stride, sizes)))
+        total = padded[window] if total is None else total + padded[window]
+        count = inside[window] if count is None else count + inside[window]
+    assert total is not None and count is not None
+    if pool.count_include_pad:
+        count = torch.full_like(count, float(math.prod(pool.kernel)))
+    z_y = zero_point(output)
+    return round_to((total / count / output.scale).add_(z_y).round_().sub_(z_y), output, carrier)

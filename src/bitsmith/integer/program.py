@@ -1,0 +1,221 @@
+"""The quantized model as a program on codes.
+
+Compiles a calibrated graph into steps. Where the target runs an operator in integers, the step takes centred codes
+and yields centred codes by the target's law; elsewhere it computes in float between dequantization and
+quantization, as the runtime does. With ``carrier="integer"`` every integer step uses int32 and int64 tensors alone:
+the integer executor. With ``carrier="float"`` the same integers travel in float tensors that hold them exactly: the
+simulation, at the speed of a float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.ops import module_of, op_of, quantizer_of
+from ..grid import Grid, IntFormat
+from ..place.layers import QuantLayer
+from ..place.plan import clamp_bounds, operands
+from ..targets import Target
+from . import laws
+from .accumulate import Carrier
+from .kernels import Kernel, build_kernel
+
+_EDGE = 1e-5  # a clamp at 6 and a grid that ends at float32(6 / 255) * 255 are the same
+
+
+@dataclass
+class Step:
+    """One action: ``run(env)`` returns the value of ``node``. ``grid`` is set where that value is centred codes."""
+
+    node: fx.Node
+    run: Callable[[dict[fx.Node, Any]], Any]
+    grid: Grid | None = None
+    kernel: str = "float"
+    last_use_of: tuple[fx.Node, ...] = ()
+
+
+class Program:
+    """A compiled model; call it like the model.
+
+    >>> import bitsmith as bs
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> q = bs.quantize(net, [torch.randn(64, 4)])
+    >>> exact = Program(q.graph, q.target, carrier="integer")
+    >>> x = torch.randn(5, 4)
+    >>> bool((exact(x) == q(x)).all())
+    True
+    """
+
+    def __init__(self, graph: fx.GraphModule, target: Target, carrier: Carrier = "float") -> None:
+        self.graph, self.target, self.carrier = graph, target, carrier
+        self.code_dtype = torch.float32 if carrier == "float" else torch.int32
+        self.grids: dict[fx.Node, Grid] = {}
+        self.steps: list[Step] = []
+        self.kernels: dict[fx.Node, str] = {}
+        self._compile()
+        self._mark_last_uses()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; inputs and outputs are those of the float model."""
+        with torch.no_grad():
+            env = self.run(*args, **kwargs)
+        return self.graph.graph._codegen.process_outputs(env["output"])
+
+    def run(self, *args: Any, keep: bool = False, **kwargs: Any) -> dict[Any, Any]:
+        """All values by node (only the outputs unless ``keep``); codes are centred."""
+        flat = self.graph.graph._codegen.process_inputs(*args, **kwargs)
+        placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
+        env: dict[Any, Any] = dict(zip(placeholders, flat))
+        for step in self.steps:
+            env[step.node] = step.run(env)
+            if not keep:
+                for node in step.last_use_of:
+                    env.pop(node, None)
+        output = next(n for n in self.graph.graph.nodes if n.op == "output")
+        env["output"] = fx.map_arg(output.args[0], lambda n: self.real(n, env))
+        return env
+
+    def real(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """A node's value in real numbers."""
+        value = env[node]
+        grid = self.grids.get(node)
+        return value if grid is None else laws.dequantize_centred(value, grid)
+
+    # Compilation
+
+    def _compile(self) -> None:
+        fused = self._fused_into_quantizers()
+        for node in self.graph.graph.nodes:
+            if node.op in ("placeholder", "output") or node in fused:
+                continue
+            step = self._quantizer_step(node) if quantizer_of(node) is not None else self._operator_step(node)
+            if step.grid is not None:
+                self.grids[node] = step.grid
+            self.steps.append(step)
+            self.kernels[node] = step.kernel
+
+    def _fused_into_quantizers(self) -> dict[fx.Node, fx.Node]:
+        """Operators (with their activation functions) whose quantizer's step executes them in integers."""
+        self._sources: dict[fx.Node, fx.Node] = {}
+        coded: dict[fx.Node, Grid] = {}
+        fused: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.graph.nodes:
+            quantizer = quantizer_of(node)
+            if quantizer is None or not isinstance(quantizer.require_grid().format, IntFormat):
+                continue
+            grid = quantizer.require_grid()
+            coded[node] = grid
+            chain = [node.args[0]]
+            while op_of(chain[-1]).role == "activation" and len(chain[-1].users) == 1:
+                chain.append(operands(chain[-1])[0])
+            source = chain[-1]
+            if any(len(n.users) != 1 for n in chain) or not self._clamps_are_covered(chain[:-1], grid):
+                continue
+            if self._runs_in_integers(source, coded, grid):
+                self._sources[node] = source
+                fused.update(dict.fromkeys(chain, node))
+        return fused
+
+    @staticmethod
+    def _clamps_are_covered(activations: list[fx.Node], grid: Grid) -> bool:
+        """Whether the grid's own ends clamp at least as tightly as the activation functions."""
+        low, high = (code * float(grid.scale) for code in laws.code_range(grid))
+        for node in activations:
+            least, greatest = clamp_bounds(node)
+            if low < least - _EDGE * max(abs(least), abs(high)) or high > greatest * (1 + _EDGE):
+                return False
+        return True
+
+    def _runs_in_integers(self, source: fx.Node, coded: dict[fx.Node, Grid], output: Grid | None) -> bool:
+        op = op_of(source)
+        if op.role not in ("compute", "rescale"):
+            return False
+        inputs = [coded.get(node) for node in operands(source)]
+        layer = module_of(source)
+        if isinstance(layer, QuantLayer):
+            inputs.append(layer.weight_quantizer.grid if layer.weight_quantizer is not None else None)
+            if layer.bias is not None and layer.bias_quantizer is None:
+                return False
+        elif source.op == "call_module":
+            return False
+        if output is not None:
+            inputs.append(output)
+        grouped = any(grid is not None and grid.group_size is not None for grid in inputs)
+        return not grouped and self.target.runs_in_integers(op.name, *inputs)
+
+    def _quantizer_step(self, node: fx.Node) -> Step:
+        quantizer = quantizer_of(node)
+        assert quantizer is not None
+        grid = quantizer.require_grid()
+        source = self._sources.get(node)
+        if source is not None:
+            kernel = self._kernel(source, grid)
+            return Step(node, kernel.run, grid, kernel.name)
+        value = node.args[0]
+        if not isinstance(grid.format, IntFormat):
+            return Step(node, lambda env: quantizer(self.real(value, env)), None, "fake_quantize")
+        if self._is_same_grid(value, grid):
+            return Step(node, lambda env: env[value], grid, "codes")
+        dtype = self.code_dtype
+        return Step(
+            node, lambda env: laws.quantize_centred(self.real(value, env), grid, dtype), grid, "quantize"
+        )
+
+    def _is_same_grid(self, value: fx.Node, grid: Grid) -> bool:
+        known = self.grids.get(value)
+        return known is not None and known.scale is grid.scale
+
+    def _kernel(self, source: fx.Node, output: Grid | None) -> Kernel:
+        inputs = [self.grids[node] for node in operands(source)]
+        return build_kernel(source, inputs, output, self.carrier)
+
+    def _operator_step(self, node: fx.Node) -> Step:
+        op = op_of(node)
+        coded = {n: quantizer_of(n).require_grid() for n in operands(node) if quantizer_of(n)} if node.args else {}  # type: ignore[union-attr]
+        if op.role == "compute" and op.name in self.target.float_output and self._runs_in_integers(node, coded, None):
+            kernel = self._kernel(node, None)
+            return Step(node, kernel.run, None, kernel.name)
+        if op.role == "move" and operands(node)[0] in self.grids and self._followed_by_itself(node):
+            return Step(node, lambda env: self._call(node, env, codes=True), self.grids[operands(node)[0]], "codes")
+        return Step(node, lambda env: self._call(node, env, codes=False))
+
+    def _followed_by_itself(self, node: fx.Node) -> bool:
+        """Whether everything that reads a moved value takes it on the same grid (or moves it on)."""
+        grid = self.grids[operands(node)[0]]
+        return all(
+            (q := quantizer_of(user)) is not None and q.scale is grid.scale or op_of(user).name == "getitem"
+            for user in node.users
+        )
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], *, codes: bool) -> Any:
+        def read(n: fx.Node) -> Any:
+            return env[n] if codes else self.real(n, env)
+
+        if node.op == "get_attr":
+            return getattr(self.graph, str(node.target))
+        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.graph.get_submodule(str(node.target))(*args, **kwargs)
+
+    def _mark_last_uses(self) -> None:
+        last: dict[fx.Node, Step] = {}
+        output = next(n for n in self.graph.graph.nodes if n.op == "output")
+        for step in self.steps:
+            source = self._sources.get(step.node)
+            for node in [*step.node.all_input_nodes, *(source.all_input_nodes if source else [])]:
+                last[node] = step
+        for node in output.all_input_nodes:
+            last.pop(node, None)
+        for node, step in last.items():
+            step.last_use_of = (*step.last_use_of, node)
+
+
+def codes_of(value: Tensor, grid: Grid) -> Tensor:
+    """Stored codes from centred ones."""
+    return (value.to(torch.int64) + laws.zero_point(grid)).to(grid.code_dtype)

@@ -1,0 +1,125 @@
+"""Fold batch norms into the layer before them, or after them where that is exact."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..capture.ops import module_of
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
+    """Fold every batch norm that has a layer to go into, in place; returns a line for each.
+
+    With y = (x - mean) / sqrt(var + eps) * gamma + beta a norm after a layer scales its output channels; a norm
+    before a layer scales its input channels, which is exact unless the layer pads with zeros (the zeros would have
+    been normalized too). A layer that is called elsewhere as well is copied first.
+    """
+    log = []
+    for node in list(graph.graph.nodes):
+        norm = module_of(node)
+        if not isinstance(norm, _NORM) or norm.running_mean is None:
+            continue
+        name = str(node.target)
+        if (folded := _fold_after(graph, node, norm) or _fold_before(graph, node, norm)) is not None:
+            log.append(f"batch norm {name} folded into {folded}")
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return log
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and offset per channel, in float64."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    offset = -mean * scale
+    if norm.bias is not None:
+        offset = offset + norm.bias.double()
+    return scale, offset
+
+
+def _own_layer(graph: fx.GraphModule, node: fx.Node) -> nn.Module:
+    """The layer of this call alone: a copy where other calls share it."""
+    layer = graph.get_submodule(str(node.target))
+    calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == node.target]
+    if len(calls) > 1:
+        name = f"{node.target}_{calls.index(node)}"
+        layer = copy.deepcopy(layer)
+        graph.add_submodule(name, layer)
+        node.target = name
+    return layer
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
+    """Layer, then norm: W' = scale * W, b' = scale * b + offset over output channels."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or len(source.users) != 1:
+        return None
+    before = module_of(source)
+    if not isinstance(before, (*_CONV, *_CONV_TRANSPOSE, nn.Linear)):
+        return None
+    if isinstance(before, nn.Linear) and source.meta["val"].ndim != 2:
+        return None  # the norm's channels are not the layer's features
+    layer = _own_layer(graph, source)
+    scale, offset = _affine(norm)
+    weight = layer.weight.double()
+    if isinstance(layer, _CONV_TRANSPOSE):  # (in, out / groups, *kernel)
+        shaped = scale.view(layer.groups, 1, -1, *[1] * (weight.ndim - 2))
+        weight = (weight.view(layer.groups, -1, *weight.shape[1:]) * shaped).view_as(weight)
+    else:  # (out, in / groups, *kernel)
+        weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    bias = offset if layer.bias is None else layer.bias.double() * scale + offset
+    _set(layer, weight, bias, layer.weight.dtype)
+    node.replace_all_uses_with(source)
+    graph.graph.erase_node(node)
+    return str(source.target)
+
+
+def _fold_before(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
+    """Norm, then layer: W' = W * scale over input channels, b' = b + W @ offset."""
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    after = module_of(user)
+    if user.args[:1] != (node,) or not _takes_norm(after, node):
+        return None
+    layer = _own_layer(graph, user)
+    scale, offset = _affine(norm)
+    weight = layer.weight.double()
+    if isinstance(layer, nn.Linear):
+        bias = weight @ offset
+        weight = weight * scale
+    else:
+        per_group = weight.view(
+            layer.groups, -1, *weight.shape[1:]
+        )  # (groups, out / groups, in / groups, *kernel)
+        shape = (layer.groups, 1, -1, *[1] * (weight.ndim - 2))
+        bias = (per_group * offset.view(shape)).flatten(2).sum(2).flatten()
+        weight = (per_group * scale.view(shape)).view_as(weight)
+    if layer.bias is not None:
+        bias = bias + layer.bias.double()
+    _set(layer, weight, bias, layer.weight.dtype)
+    node.replace_all_uses_with(node.args[0])
+    graph.graph.erase_node(node)
+    return str(user.target)
+
+
+def _takes_norm(layer: nn.Module | None, node: fx.Node) -> bool:
+    if isinstance(layer, nn.Linear):
+        return bool(node.meta["val"].ndim == 2)
+    if not isinstance(layer, _CONV):
+        return False
+    return layer.padding == "valid" or not any(p for p in layer.padding if p != 0)

@@ -1,0 +1,123 @@
+"""The main job in one call: capture, prepare, place, calibrate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .calibrate import calibrate, parse_memory
+from .calibrate.walk import Progress, WalkLog
+from .capture import ForwardFunction, capture, evaluation_mode, read_batches
+from .errors import PlacementError
+from .model import QuantizedModel
+from .place.place import Placed, place
+from .prepare import fold_batch_norm
+from .recipe import Override, PlacementName, Recipe, load_recipe
+from .report.build import build_report
+from .targets import Target, get_target
+
+
+def quantize(
+    model: nn.Module, calibration: Iterable[Any], recipe: str | Path | Recipe = "int8",
+    target: str | Target = "onnxruntime", *, placement: PlacementName | None = None,
+    overrides: Iterable[Override] = (), example_inputs: Any = None, forward: ForwardFunction | None = None,
+    memory: str | int = "4GB", noise_samples: int = 128, progress: Progress | None = None,
+) -> QuantizedModel:  # fmt: skip
+    """Static post-training quantization of a trained model.
+
+    ``calibration`` is any iterable of batches (some hundred samples): a tensor, or a tuple or list whose leading
+    elements are the model's inputs, or a dict by forward's parameter names; ``forward=lambda model, batch: ...``
+    overrides that. ``recipe`` is a name, a Recipe or a YAML file, ``target`` a name or a Target; ``placement`` and
+    ``overrides`` change the recipe's own. ``memory`` bounds the activations kept at a time, beyond which they go to
+    a temporary file. ``noise_samples`` is how many samples the per-layer noise is measured on.
+
+    The caller's model is not changed; in train mode it is run in eval mode and put back. Raises a subclass of
+    BitsmithError that names the layer or the batch.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> q = quantize(net, [torch.randn(16, 3, 8, 8)])
+    >>> q(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 8, 6, 6])
+    >>> q.report.coverage.fraction
+    1.0
+    """
+    recipe, target = _resolve(recipe, placement, overrides), get_target(target)
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    with evaluation_mode(model) as was_training:
+        batches = read_batches(model, calibration, forward)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        batches = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batches)
+        example = batches[0] if example_inputs is None else read_batches(model, [example_inputs], forward)[0]
+        clock.lap("read")
+        graph = capture(model, example)
+    clock.lap("capture")
+    notes = fold_batch_norm(graph) if "fold_batch_norm" in recipe.steps else []
+    clock.lap("prepare")
+    placed = place(graph, recipe, target)
+    clock.lap("place")
+    channels_last(graph)
+    log = calibrate(
+        graph, placed, batches, target, memory=parse_memory(memory), noise_samples=noise_samples, progress=progress
+    )
+    clock.lap("calibrate")
+    if was_training:
+        notes.insert(0, "the model was in train mode: it was quantized in eval mode, and its mode was restored")
+    return finish(graph, recipe, target, placed, log, notes, seconds)
+
+
+def finish(
+    graph: fx.GraphModule, recipe: Recipe, target: Target, placed: Placed, log: WalkLog | None, notes: list[str],
+    seconds: dict[str, float],
+) -> QuantizedModel:  # fmt: skip
+    """The QuantizedModel of a calibrated graph, its program compiled and its report written."""
+    for parameter in graph.parameters():
+        parameter.requires_grad_(False)
+    q = QuantizedModel(graph, recipe, target, build_report(recipe, target))
+    clock = _Clock(seconds)
+    q.report = build_report(recipe, target, q.program, placed, log, [*notes, *placed.notes], seconds)
+    clock.lap("compile")
+    q.report.seconds = dict(seconds)
+    coverage = q.report.coverage
+    if recipe.weights and recipe.activations and coverage.total_macs and not coverage.quantized_macs:
+        raise PlacementError("no multiply-accumulate of the model has both operands quantized: nothing was gained")
+    return q
+
+
+def channels_last(graph: fx.GraphModule) -> None:
+    """Lay 4-dimensional weights out as CPUs and GPUs like them best; the function is the same."""
+    for module in graph.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Conv2d) and isinstance(weight, nn.Parameter):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _resolve(
+    recipe: str | Path | Recipe, placement: PlacementName | None, overrides: Iterable[Override]
+) -> Recipe:
+    resolved = load_recipe(recipe)
+    changes: dict[str, Any] = {}
+    if placement is not None:
+        changes["placement"] = placement
+    if more := tuple(overrides):
+        changes["overrides"] = (*resolved.overrides, *more)
+    return Recipe.model_validate({**resolved.model_dump(), **changes}) if changes else resolved
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under ``name``."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now

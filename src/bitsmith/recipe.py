@@ -1,0 +1,183 @@
+"""What to quantize, to which numbers, where: a Recipe, by name, as a value, or from YAML."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError
+from .grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
+
+PlacementName = Literal["runtime", "fx", "layerwise", "flexml"]
+StepName = Literal["fold_batch_norm"]
+
+
+class Override(BaseModel):
+    """Another treatment for some layers.
+
+    ``match`` is a glob over layer names (``"layer1.*"``), ``"type:Linear"``, ``"first"`` or ``"last"`` (compute
+    layers by their place in the graph). ``exclude`` leaves them in float. What is None stays as the recipe has it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    exclude: bool = False
+    weights: TensorSpec | None = None
+    activations: TensorSpec | None = None
+    bias: TensorSpec | None = None
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Override:
+        if not self.exclude and not (self.weights or self.activations or self.bias):
+            raise ValueError(
+                f"override {self.match!r} changes nothing: give exclude, weights, activations or bias"
+            )
+        return self
+
+    def applies(
+        self, name: str, type_name: str, position: Literal["first", "middle", "last", "only"]
+    ) -> bool:
+        """Whether a layer of this name, type and place in the graph is meant."""
+        if self.match in ("first", "last"):
+            return position in (self.match, "only")
+        if self.match.startswith("type:"):
+            return type_name == self.match.removeprefix("type:")
+        return fnmatchcase(name, self.match)
+
+
+class Recipe(BaseModel):
+    """TensorSpecs for weights, activations and bias, a placement, steps, and overrides by layer.
+
+    ``weights`` or ``activations`` None leaves that side in float. Reads and writes YAML.
+
+    >>> recipe = load_recipe("int8")
+    >>> recipe.weights.granularity, recipe.activations.symmetric
+    ('channel', False)
+    >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
+    True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "custom"
+    weights: TensorSpec | None = None
+    activations: TensorSpec | None = None
+    bias: TensorSpec | None = TensorSpec(format=IntFormat(32))
+    placement: PlacementName = "runtime"
+    steps: tuple[StepName, ...] = ("fold_batch_norm",)
+    overrides: tuple[Override, ...] = ()
+    min_coverage: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="least share of multiply-accumulates in integers; 0: more than none",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.weights is None and self.activations is None:
+            raise ValueError("a recipe must quantize weights or activations")
+        if self.weights is not None and self.weights.dynamic:
+            raise ValueError("weights are constants: their spec cannot be dynamic")
+        for spec in (self.activations, *(o.activations for o in self.overrides)):
+            if spec is None:
+                continue
+            if spec.dynamic:
+                raise ValueError(
+                    "dynamic activations belong to bitsmith.quantize_dynamic; static quantization has none"
+                )
+            if spec.granularity != "tensor":
+                raise ValueError(f"static activations have one scale per tensor, not per {spec.granularity}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, defaults left out where they say nothing."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump({"name": self.name, **data}, sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "the recipe") -> Recipe:
+        """A recipe from YAML; RecipeError names the field that is wrong."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source} is not YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise RecipeError(
+                f"{source} must be a mapping with weights, activations ..., not {type(data).__name__}"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()
+            )
+            raise RecipeError(f"{source} is not valid: {problems}") from error
+
+
+def bits_recipe(
+    weight_bits: int, activation_bits: int, *, name: str | None = None, scale: Literal["float32", "po2"] = "float32",
+    granularity: Literal["tensor", "channel"] = "channel", symmetric: bool = False, **fields: Any,
+) -> Recipe:  # fmt: skip
+    """A recipe of any widths from 2 to 16 bits, with percentile ranges for activations.
+
+    >>> bits_recipe(4, 8).weights.format.bits
+    4
+    """
+    weights = TensorSpec(format=IntFormat(weight_bits), scale=scale, granularity=granularity)
+    activations = TensorSpec(
+        format=IntFormat(activation_bits, signed=symmetric),
+        scale=scale,
+        symmetric=symmetric,
+        range=RangeRule(name="percentile"),
+    )
+    return Recipe(
+        name=name or f"w{weight_bits}a{activation_bits}", weights=weights, activations=activations, **fields
+    )
+
+
+def _fp8() -> Recipe:
+    weights = TensorSpec(format=FP8_E4M3, granularity="channel")
+    activations = TensorSpec(format=FP8_E4M3, range=RangeRule(name="percentile"))
+    return Recipe(name="fp8", weights=weights, activations=activations, bias=None)
+
+
+NAMED: dict[str, Recipe] = {
+    "int8": bits_recipe(8, 8, name="int8"),
+    "int8-tensor": bits_recipe(8, 8, name="int8-tensor", granularity="tensor"),
+    "int8-sym": bits_recipe(8, 8, name="int8-sym", symmetric=True),
+    "int8-po2": bits_recipe(8, 8, name="int8-po2", symmetric=True, scale="po2"),
+    "w8a16": bits_recipe(8, 16, name="w8a16", symmetric=True),
+    "int16": bits_recipe(16, 16, name="int16", symmetric=True),
+    "fp8": _fp8(),
+}
+
+
+def load_recipe(recipe: str | Path | Recipe) -> Recipe:
+    """A Recipe from its name, a YAML file, or itself.
+
+    >>> load_recipe("int9")
+    Traceback (most recent call last):
+    ...
+    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are fp8, int16, int8, int8-po2, \
+int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str) and recipe in NAMED:
+        return NAMED[recipe]
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            return Recipe.from_yaml(path.read_text(encoding="utf-8"), source=str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe file {path} cannot be read: {error}") from error
+    raise RecipeError(
+        f"no recipe is called {str(recipe)!r}: known names are {', '.join(sorted(NAMED))}; "
+        "a path to a YAML file is taken too"
+    )

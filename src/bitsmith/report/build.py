@@ -1,0 +1,96 @@
+"""From a calibrated and compiled model to its Report."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from ..calibrate.noise import Noise
+from ..calibrate.walk import WalkLog
+from ..capture.ops import layer_of, module_of, op_of, quantizer_of
+from ..grid import Grid
+from ..integer.program import Program
+from ..place.layers import QuantLayer
+from ..place.macs import macs_of
+from ..place.place import Placed, layer_name
+from ..place.plan import fused_end, operands
+from ..recipe import Recipe
+from ..targets import Target
+from .model import Coverage, LayerReport, Report
+
+
+def build_report(
+    recipe: Recipe, target: Target, program: Program | None = None, placed: Placed | None = None,
+    log: WalkLog | None = None, notes: list[str] | None = None, seconds: dict[str, float] | None = None,
+) -> Report:  # fmt: skip
+    """The Report of one quantization; without a program only what was asked for."""
+    report = Report(recipe=recipe.name, target=target.name, placement=recipe.placement, notes=notes or [])
+    if program is None or placed is None:
+        return report
+    report.seconds = dict(seconds or {})
+    nodes = [node for node in program.graph.graph.nodes if op_of(node).role == "compute"]
+    quantized = set(placed.layers)
+    report.layers = [_layer(node, node in quantized, program, log) for node in nodes]
+    report.coverage = _coverage(nodes, report.layers)
+    if log is not None:
+        report.samples = log.samples
+        report.output_sqnr_db = _finite(log.output.db)
+        if log.spilled_bytes:
+            report.notes.append(f"{log.spilled_bytes / 1e6:.0f} MB of activations went through a temporary file")
+    return report
+
+
+def _coverage(nodes: list[fx.Node], layers: list[LayerReport]) -> Coverage:
+    both = [layer for layer in layers if layer.weight_bits and layer.input_bits]
+    return Coverage(
+        total_macs=sum(map(macs_of, nodes)),
+        quantized_macs=sum(layer.macs for layer in both),
+        integer_macs=sum(layer.macs for layer in layers if layer.integer),
+        float_layers=[layer.name for layer in layers if not layer.integer],
+    )
+
+
+def _layer(node: fx.Node, quantized: bool, program: Program, log: WalkLog | None) -> LayerReport:
+    layer = layer_of(node)
+    report = LayerReport(
+        name=layer_name(node), type=type(layer).__name__ if layer is not None else op_of(node).name, macs=macs_of(node)
+    )
+    if not quantized:
+        report.note = "float: excluded by an override"
+        return report
+    grids = [q.grid if (q := quantizer_of(source)) is not None else None for source in operands(node)]
+    wrapped = module_of(node)
+    if isinstance(wrapped, QuantLayer):
+        weights = wrapped.weight_quantizer
+        report.weight_bits = _bits(weights.grid if weights else None)
+        report.weight_sqnr_db = _weight_sqnr(wrapped)
+    else:
+        report.weight_bits = _bits(grids[-1])
+    report.input_bits = _bits(grids[0])
+    ends = [q for user in fused_end(node).users if (q := quantizer_of(user)) is not None]
+    report.output_bits = _bits(ends[0].grid) if ends else None
+    executed = {program._sources.get(step.node, step.node): step.kernel for step in program.steps}
+    report.integer = executed.get(node, "float") == op_of(node).name
+    if not report.integer and report.weight_bits and report.input_bits:
+        report.note = f"{program.target.name} computes it in float between Q and DQ"
+    noise = log.noise.get(node) if log else None
+    report.sqnr_db = _finite(noise.db) if noise else None
+    return report
+
+
+def _bits(grid: Grid | None) -> int | None:
+    return None if grid is None else grid.format.bits
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _weight_sqnr(layer: QuantLayer) -> float | None:
+    if layer.weight_quantizer is None:
+        return None
+    noise = Noise()
+    weight = layer.weight.detach().contiguous()
+    noise.update(weight, layer.weight_quantizer(weight))
+    return _finite(noise.db)

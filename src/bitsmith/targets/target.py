@@ -1,0 +1,84 @@
+"""A device or runtime as data: which numbers it takes, what it runs in integers, and by which law."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import RecipeError
+from ..grid import FloatFormat, Grid, IntFormat, TensorSpec
+from ..recipe import Recipe
+
+
+class Target(BaseModel):
+    """What an exported model meets.
+
+    ``integer_operators``: operators that the runtime executes on codes, given operands of ``integer_bits``.
+    ``float_output``: of those, the ones that can hand their accumulator on as float. ``unsigned_codes``: activations
+    are stored unsigned (x86 has only u8 x s8 products). ``rescales``: add and concat take operands of different
+    scales. ``law``: how an integer result is scaled to its output grid (``bitsmith.integer.laws``).
+    ``exact``: the law is known to the bit, so that file and integer executor must agree on every output.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str
+    engine: Literal["onnxruntime", "openvino", "torch", "none"]
+    weight_bits: tuple[int, ...] = tuple(range(2, 17))
+    activation_bits: tuple[int, ...] = tuple(range(2, 17))
+    floats: bool = True
+    scales: tuple[Literal["float32", "po2"], ...] = ("float32", "po2")
+    symmetric_activations: bool = False
+    integer_operators: frozenset[str]
+    integer_bits: tuple[int, ...] = (8,)
+    float_output: frozenset[str] = frozenset()
+    unsigned_codes: bool = False
+    rescales: bool = True
+    law: Literal["float32-multiplier"] = "float32-multiplier"
+    exact: bool = False
+    bias_bits: int = 32
+    accumulator_bits: int = 32
+    notes: tuple[str, ...] = ()
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that this target has no numbers for."""
+        for role, spec, widths in (
+            ("weights", recipe.weights, self.weight_bits),
+            ("activations", recipe.activations, self.activation_bits),
+        ):
+            if spec is not None:
+                self._check_spec(role, spec, widths)
+
+    def _check_spec(self, role: str, spec: TensorSpec, widths: tuple[int, ...]) -> None:
+        if isinstance(spec.format, FloatFormat):
+            if not self.floats:
+                raise RecipeError(
+                    f"target {self.name} has no small floats, but the recipe's {role} are {spec.format}"
+                )
+            return
+        if spec.format.bits not in widths:
+            raise RecipeError(
+                f"target {self.name} takes {role} of {_span(widths)} bits, but the recipe has {spec.format.bits}"
+            )
+        if spec.scale not in self.scales:
+            raise RecipeError(
+                f"target {self.name} takes scales {self.scales}, but the recipe's {role} have {spec.scale}"
+            )
+        if role == "activations" and self.symmetric_activations and not spec.symmetric:
+            raise RecipeError(
+                f"target {self.name} has no zero points: make the recipe's activations symmetric"
+            )
+
+    def runs_in_integers(self, operator: str, *grids: Grid | None) -> bool:
+        """Whether the runtime executes this operator on codes of these grids."""
+        return operator in self.integer_operators and all(
+            grid is not None and isinstance(grid.format, IntFormat) and grid.format.bits in self.integer_bits
+            for grid in grids
+        )
+
+
+def _span(widths: tuple[int, ...]) -> str:
+    contiguous = widths == tuple(range(widths[0], widths[-1] + 1)) and len(widths) > 2
+    return f"{widths[0]} to {widths[-1]}" if contiguous else " or ".join(map(str, widths))

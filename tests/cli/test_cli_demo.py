@@ -1,0 +1,67 @@
+"""The real thing from end to end: ``bitsmith demo``, then ``bitsmith verify`` on what it wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bitsmith.cli import app
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo writes."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    start = time.monotonic()
+    result = CliRunner().invoke(app, ["demo", "-o", str(folder)], env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
+    assert time.monotonic() - start < 60
+    assert "certificate: passed" in result.stdout
+    assert "model.onnx" in result.stdout
+    return folder
+
+
+def test_the_demos_file_is_as_good_as_the_float_model(out: Path) -> None:
+    data = json.loads((out / "report.json").read_text())
+    metrics = data["metrics"]
+    assert metrics["float"]["samples"] == 797
+    assert metrics["float"]["top1"] >= 98.5
+    assert metrics["deployed"]["top1"] >= metrics["float"]["top1"] - 0.5
+    assert metrics["deployed"]["agreement"] >= 99.0
+    assert data["certificate"]["passed"] is True
+    assert data["sizes"]["quantized"] < data["sizes"]["float"]
+    assert data["report"]["coverage"]["integer_macs"] == data["report"]["coverage"]["total_macs"] > 0
+    assert {"float", "quantized"} == data["latency"].keys()
+    assert all(Path(path).exists() for path in data["files"].values())
+
+
+def test_verify_passes_on_what_the_demo_wrote(out: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(out)])
+    assert result.exit_code == 0, result.output
+
+
+def test_verify_fails_on_another_models_file(out: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    shutil.copytree(out, tmp_path / "changed")
+    path = tmp_path / "changed" / "model.onnx"
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    codes = numpy_helper.to_array(weight).copy()
+    codes.flat[:] = codes.flat[::-1]
+    weight.CopyFrom(numpy_helper.from_array(codes, weight.name))
+    onnx.save(model, path)
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "changed")])
+    assert result.exit_code == 3, result.output
+
+
+def test_verify_on_a_folder_without_results_is_an_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "error:" in result.output

@@ -1,0 +1,88 @@
+"""mse, histogram_l2 and kl against searches written another way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bitsmith.grid import FP8_E4M3, IntFormat, TensorSpec, fake_quantize
+from bitsmith.ranges import Histogram, activation_grid, activation_statistic, solve_grid
+from bitsmith.ranges.clipping import mse
+
+
+def laplace(count: int = 100_000) -> Tensor:
+    x = np.random.default_rng(0).laplace(size=count).astype(np.float32)
+    return torch.from_numpy(x)
+
+
+def error(x: Tensor, lo: float, hi: float, spec: TensorSpec) -> float:
+    return float((fake_quantize(x, solve_grid(lo, hi, spec)) - x).square().double().mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mse_is_as_good_as_a_brute_force_search_over_the_data(bits: int, symmetric: bool) -> None:
+    x = laplace() if symmetric else torch.where((skew := laplace()) < 0, skew * 0.3, skew)
+    fmt = IntFormat(bits, signed=symmetric)
+    spec = TensorSpec(format=fmt, symmetric=symmetric, range={"name": "mse"})
+    statistic = Histogram()
+    statistic.update(x)
+    lo, hi = mse(statistic.finish(), spec)
+    low, high = float(x.min()), float(x.max())
+    fractions = np.arange(1, 41) / 40
+    pairs = (
+        [(f, f) for f in fractions] if symmetric else [(f, g) for f in fractions[::2] for g in fractions[::2]]
+    )
+    best = min(error(x, low * f, high * g, spec) for f, g in pairs)
+    assert error(x, float(lo), float(hi), spec) <= best * 1.02
+    assert error(x, float(lo), float(hi), spec) <= error(x, low, high, spec)
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(4), FP8_E4M3], ids=str)
+def test_mse_searches_the_power_of_two_scales_it_will_get(fmt: IntFormat) -> None:
+    x = laplace()
+    spec = TensorSpec(format=fmt, scale="po2", range={"name": "mse"})
+    statistic = activation_statistic(spec)
+    statistic.update(x)
+    grid = activation_grid(statistic, spec)
+    found = float((fake_quantize(x, grid) - x).square().double().mean())
+    for factor in (0.25, 0.5, 2.0):
+        other = solve_grid(0.0, 1.0, spec)
+        other = type(grid)(grid.format, grid.scale * factor)
+        assert found <= float((fake_quantize(x, other) - x).square().double().mean()) * 1.01
+
+
+def test_mse_of_a_wide_format_clips_next_to_nothing() -> None:
+    """16 bits: rounding costs less than clipping, though a bin is wider than a step."""
+    x = torch.randn(100_000)
+    spec = TensorSpec(format=IntFormat(16), range={"name": "mse"})
+    statistic = activation_statistic(spec)
+    statistic.update(x)
+    threshold = float(activation_grid(statistic, spec).scale) * 32767
+    assert threshold >= 0.97 * float(x.abs().max())
+
+
+@pytest.mark.parametrize("name", ["mse", "histogram_l2", "kl"])
+def test_an_outlier_is_given_up(name: str) -> None:
+    x = torch.cat([torch.randn(200_000, generator=torch.Generator().manual_seed(0)), torch.tensor([100.0])])
+    spec = TensorSpec(format=IntFormat(4), range={"name": name})
+    statistic = activation_statistic(spec)
+    statistic.update(x)
+    grid = activation_grid(statistic, spec)
+    minmax = solve_grid(float(x.min()), float(x.max()), spec)
+    assert float(grid.scale) * 7 < 20
+    loss = (fake_quantize(x[:-1], grid) - x[:-1]).square().mean()
+    assert loss < 0.2 * (fake_quantize(x[:-1], minmax) - x[:-1]).square().mean()
+
+
+def test_non_negative_data_keeps_zero_as_its_lower_end() -> None:
+    x = torch.randn(50_000).relu()
+    for name in ("mse", "histogram_l2", "kl", "percentile", "minmax"):
+        spec = TensorSpec(format=IntFormat(8), range={"name": name})
+        statistic = activation_statistic(spec)
+        statistic.update(x)
+        grid = activation_grid(statistic, spec, non_negative=True)
+        assert grid.format == IntFormat(8, signed=False)
+        assert 2.0 < float(grid.scale) * 255 <= float(x.max()) * 1.001
