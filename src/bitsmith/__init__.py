@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .deployment import deploy
     from .errors import BitsmithError
+    from .export import export_onnx, export_pt2
     from .model import QuantizedModel
-    from .quantize import quantize
+    from .flow import quantize
     from .recipe import Override, Recipe, load_recipe
+    from .storage import load, save
     from .targets import Target, get_target, list_targets
+    from .verify import Certificate, verify
 
 # Public name -> module; imported at first use, so that `import bitsmith` costs next to nothing.
 _PUBLIC = {
     "BitsmithError": "errors",
+    "Certificate": "verify",
     "Override": "recipe",
     "QuantizedModel": "model",
     "Recipe": "recipe",
     "Target": "targets",
+    "deploy": "deployment",
+    "export_onnx": "export",
+    "export_pt2": "export",
     "get_target": "targets",
     "list_targets": "targets",
+    "load": "storage",
     "load_recipe": "recipe",
-    "quantize": "quantize",
+    "quantize": "flow",
+    "save": "storage",
+    "verify": "verify",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])
+
+
+class _Package(ModuleType):
+    """``bitsmith.verify`` is a function although a folder bears its name: importing the folder does not hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

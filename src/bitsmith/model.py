@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .capture.inputs import positional
 from .errors import DataError
 from .integer.program import Program
 from .recipe import Recipe
@@ -23,14 +25,14 @@ class QuantizedModel(nn.Module):
     """
 
     def __init__(
-        self, graph: fx.GraphModule, recipe: Recipe, target: Target, report: Report, signature: Any = None
+        self, graph: fx.GraphModule, recipe: Recipe, target: Target, report: Report, signature: inspect.Signature
     ) -> None:
         super().__init__()
         self.graph = graph
         self.recipe = recipe
         self.target = target
         self.report = report
-        self.example_signature = signature
+        self.signature = signature
         self._program: Program | None = None
         self.eval()
 
@@ -43,6 +45,7 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The simulated outputs, in float."""
+        args, kwargs = positional(self.signature, args, kwargs)
         self._check_inputs(args, kwargs)
         return self.program(*args, **kwargs)
 

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import bitsmith
-import bitsmith.verify
+import bitsmith.verify  # noqa: F401  (its attributes are replaced)
 from bitsmith.cli import app
 from bitsmith.demo import digits, digits_net
 from bitsmith.errors import CalibrationError
+from bitsmith.evaluate import job
 from bitsmith.evaluate.float_file import export_float_onnx
 from bitsmith.evaluate.latency import onnxruntime_session
 from bitsmith.report.model import Coverage, LayerReport, Report
@@ -48,7 +48,7 @@ class Certificate(SimpleNamespace):
     """What verify returns, as far as the command line looks at it."""
 
     def model_dump(self, mode: str) -> dict[str, Any]:
-        return {"max_lsb_file_vs_integer": self.lsb, "top1_agreement": 1.0}
+        return {"max_lsb": self.lsb, "passed": self.passed, "verdict": self.verdict}
 
 
 class Quantized(nn.Module):
@@ -88,7 +88,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, float_file: Path) -> dict[str, Any]:
 
     def certificate(*_: Any) -> Certificate:
         passed = seen["lsb"] == 0
-        return Certificate(lsb=seen["lsb"], passed=passed, verdict="0 LSB" if passed else "differs by 3 LSB")
+        return Certificate(
+            lsb=seen["lsb"], passed=passed, verdict="PASSED: 0 LSB" if passed else "FAILED: differs by 3 LSB"
+        )
 
     def export(q: Any, path: Path, style: str, opset: int | None) -> None:
         seen.update(style=style, opset=opset)
@@ -100,10 +102,12 @@ def calls(monkeypatch: pytest.MonkeyPatch, float_file: Path) -> dict[str, Any]:
         "export_onnx": export,
         "verify": certificate,
         "deploy": deploy,
+        "save_evidence": lambda folder, *_: (Path(folder) / "certificate.json").write_text("{}"),
     }
     for name, stub in stubs.items():
-        monkeypatch.setattr(bitsmith, name, stub, raising=False)
-    monkeypatch.setattr(sys.modules["bitsmith.verify"], "verify_folder", certificate, raising=False)
+        monkeypatch.setattr(job, name, stub)
+    monkeypatch.setattr(job, "export_float_onnx", lambda model, inputs, path: shutil.copy(float_file, path))
+    monkeypatch.setattr(sys.modules["bitsmith.verify"], "verify_folder", certificate)
     return seen
 
 
@@ -157,6 +161,7 @@ def test_quantize_writes_everything_and_prints_the_table(
     assert calls["samples"] == 20
     assert (calls["memory"], calls["style"], calls["opset"], calls["placement"]) == ("2GB", "qcdq", 17, "fx")
     assert sorted(p.name for p in out.iterdir()) == [
+        "certificate.json",
         "model.onnx",
         "recipe.yaml",
         "report.json",
@@ -170,7 +175,7 @@ def test_quantize_writes_everything_and_prints_the_table(
     assert data["sizes"]["quantized"] == (out / "model.onnx").stat().st_size
     assert all(Path(path).exists() for path in data["files"].values())
     shown = flat(result.stdout)
-    for words in ("float model", "deployed file", "top-1", "latency", "certificate: passed", "model.onnx"):
+    for words in ("float model", "deployed file", "top-1", "latency", "certificate: PASSED", "model.onnx"):
         assert words in shown
     assert "quantizing: recipe int8" in result.stderr
 
@@ -277,7 +282,7 @@ def test_a_failure_in_the_middle_leaves_no_output(
     def fail(*_: Any, **__: Any) -> None:
         raise CalibrationError("conv1: its activations hold NaN")
 
-    monkeypatch.setattr(bitsmith, "verify", fail, raising=False)
+    monkeypatch.setattr(job, "verify", fail)
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.onnx").write_text("old")
@@ -308,10 +313,10 @@ def test_the_users_metric_reaches_the_table(calls: dict[str, Any], arrays: str, 
 
 
 def test_verify_prints_the_certificate_as_text_and_json(calls: dict[str, Any], tmp_path: Path) -> None:
-    assert "max lsb file vs integer 0" in flat(run("verify", str(tmp_path)).stdout)
+    assert "max lsb 0" in flat(run("verify", str(tmp_path)).stdout)
     data = json.loads(run("verify", str(tmp_path), "--json").stdout)
     assert data["passed"] is True
-    assert data["verdict"] == "0 LSB"
+    assert data["verdict"] == "PASSED: 0 LSB"
 
 
 def test_targets_are_listed_as_data() -> None:

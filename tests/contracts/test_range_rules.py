@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,16 @@ from bitsmith.grid import FP8_E4M3, Format, Grid, IntFormat, TensorSpec, fake_qu
 from bitsmith.ranges import activation_grid, activation_statistic, weight_grid
 from bitsmith.ranges.rules import RULES as ACTIVATION_RULES
 from bitsmith.ranges.weights import RULES as WEIGHT_RULES
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors here are small: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 FORMATS: list[Format] = [IntFormat(4), IntFormat(8), IntFormat(16), FP8_E4M3]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitsmith.errors import DataError
 from bitsmith.evaluate import ArrayData, Recorder, evaluate, evaluate_many, interleaved_latency, load_metric
-from bitsmith.evaluate.progress import progress
+from bitsmith.evaluate.progress import progress, progress_callback
 
 
 def scores_for(answers: list[int], classes: int = 10) -> Tensor:
@@ -131,3 +131,15 @@ def test_progress_says_what_is_done(
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert list(progress(range(3), "calibrating", enabled=True)) == [0, 1, 2]
     assert "calibrating" in capsys.readouterr().err
+
+
+def test_work_that_reports_by_itself_moves_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_callback(enabled=False) as show:
+        assert show is None
+    with progress_callback(enabled=True) as show:
+        assert show is not None
+        show(1, 2, "layer1.0.conv1")
+    assert "layer1.0.conv1" in capsys.readouterr().err

@@ -146,7 +146,9 @@ def test_a_pt2_file_computes_what_was_exported(tmp_path: Path) -> None:
     net, x = digits_net(), torch.rand(2, 1, 8, 8)
     torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
     with torch.no_grad():
-        assert torch.equal(load_model(str(tmp_path / "net.pt2"))(x), net(x))
+        model = load_model(str(tmp_path / "net.pt2"))
+        assert torch.equal(model(x), net(x))
+    assert model.train().eval() is model  # a program's mode is built in; switching it does nothing
 
 
 def test_the_demo_net_knows_its_digits() -> None:

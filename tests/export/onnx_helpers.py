@@ -19,7 +19,8 @@ from bitsmith.grid import Grid, IntFormat, Quantizer, TensorSpec
 from bitsmith.place.layers import QuantLayer
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
-MOVES = ("max_pool", "reshape", "view", "flatten", "permute", "transpose", "slice", "split", "chunk", "unsqueeze",
+MOVES = ("max_pool", "reshape", "view", "flatten", "permute", "transpose", "slice", "split", "chunk",
+         "unsqueeze",
          "squeeze", "select", "getitem", "upsample_nearest", "pad")  # fmt: skip
 FUSED = ("relu", "hardtanh", "relu6", "clamp")
 
@@ -106,7 +107,7 @@ def quantized_graph(
     group: int | None = None,
     float_ops: Sequence[str] = (),
 ) -> fx.GraphModule:
-    """A captured model with a Quantizer on every edge, ranges from ``inputs``; moves share their input's Quantizer."""
+    """A captured model with a Quantizer on every edge; moves share their input's Quantizer."""
     graph = capture(model.eval(), inputs)
     recorder = _Ranges(graph)
     with torch.no_grad(), evaluation_mode(graph):

@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_missing_folder_is_named() -> None:
-    with pytest.raises(OutputError, match="/nowhere/m.onnx"):
+    with pytest.raises(OutputError, match=r"/nowhere/m\.onnx"):
         save_onnx(build_onnx(float_graph(small_net(), X)), "/nowhere/m.onnx")
 
 

@@ -1,4 +1,4 @@
-"""Every operator's ONNX form computes what torch computes, at the oldest and newest opsets, at any batch size."""
+"""Every operator in ONNX computes what torch computes, at old and new opsets and any batch size."""
 
 from __future__ import annotations
 

@@ -81,10 +81,11 @@ class Moves(nn.Module):
 
 
 IMAGE = (4, 3, 16, 16)
+POOL = {"QLinearGlobalAveragePool": 1}
 NETS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, int], set[str]]] = {
-    "residual": (Residual, IMAGE, {"QLinearConv": 2, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}, set()),
+    "residual": (Residual, IMAGE, {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1, **POOL}, set()),
     "branches": (Branches, IMAGE, {"QLinearConv": 3, "QLinearConcat": 1}, {"Clip", "Relu"}),
-    "squeeze_excite": (SqueezeExcite, IMAGE, {"QLinearConv": 3, "QLinearMul": 1, "QLinearGlobalAveragePool": 1}, set()),
+    "squeeze_excite": (SqueezeExcite, IMAGE, {"QLinearConv": 3, "QLinearMul": 1, **POOL}, set()),
     "tokens": (Tokens, (4, 6, 16), {"MatMulIntegerToFloat": 2, "QLinearAdd": 1}, {"MatMul"}),
     "moves": (Moves, IMAGE, {"QLinearConv": 2, "Resize": 1, "Split": 1, "Slice": 1, "Transpose": 2}, set()),
 }  # fmt: skip
@@ -99,11 +100,11 @@ def quantized(name: str, **options: Any) -> tuple[fx.GraphModule, Tensor]:
 
 def assert_within_one_code(graph: fx.GraphModule, file: onnx.ModelProto, x: Tensor) -> None:
     """Outputs are on the last Quantizer's grid: at most one step apart, and nearly all equal."""
-    steps = [m.grid.scale for n in graph.graph.nodes if n.op == "call_module"
-             and isinstance(m := graph.get_submodule(n.target), Quantizer) and m.grid is not None]  # fmt: skip
+    modules = [graph.get_submodule(n.target) for n in graph.graph.nodes if n.op == "call_module"]
+    step = [float(m.require_grid().scale) for m in modules if isinstance(m, Quantizer)][-1]
     for got, want in zip(run_onnx(file, x), simulate(graph, x), strict=True):
         difference = (got - want).abs()
-        assert float(difference.max()) <= 1.001 * float(steps[-1])
+        assert float(difference.max()) <= 1.001 * step
         assert float((difference > 1e-6).float().mean()) < 0.01
 
 
@@ -118,6 +119,20 @@ def test_onnxruntime_computes_the_simulation_on_integers(name: str, opset: int, 
     _, _, expected, absent = NETS[name]
     assert {op: ran.count(op) for op in expected} == expected
     assert not {"Conv", "FusedConv", "Gemm", "Mul", *absent} & set(ran)
+
+
+@pytest.mark.parametrize("pool", [lambda x: x.mean((2, 3)), lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1)])
+def test_a_global_pool_fuses_with_the_quantizer_behind_its_reshape(pool: Any, tmp_path: Path) -> None:
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return pool(torch.relu(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 6, 6)
+    graph = quantized_graph(Pooled(), x, float_ops=["adaptive_avg_pool2d"])
+    file = build_onnx(graph)
+    assert_within_one_code(graph, file, x)
+    assert "QLinearGlobalAveragePool" in optimized_ops(file, tmp_path)
 
 
 def test_the_file_holds_no_casts_copies_or_repeated_constants() -> None:

@@ -201,19 +201,19 @@ def test_gradient_is_straight_through_where_not_clipped(zero: int | None) -> Non
     low, high = (-8 - (zero or 0)) * 0.5, (7 - (zero or 0)) * 0.5
     x = torch.tensor([low - 0.3, low - 0.2, low, 0.1, high, high + 0.2, high + 0.3], requires_grad=True)
     upstream = torch.arange(1.0, 8.0)
-    fake_quantize(x, grid).backward(upstream)
+    (fake_quantize(x, grid) * upstream).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]
 
 
 def test_gradient_of_float_formats_and_groups() -> None:
     x = torch.tensor([[1.0, 449.0, 500.0, -1e30]], requires_grad=True)
-    fake_quantize(x, Grid(FP8_E4M3, torch.tensor(1.0))).sum().backward()
+    fake_quantize(x, Grid(FP8_E4M3, torch.tensor(1.0))).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert x.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
     y = torch.tensor([[1.0, 9.0, 9.0, 90.0]], requires_grad=True)
     grid = Grid(IntFormat(4), torch.tensor([[1.0, 10.0]]), axis=1, group_size=2)
-    fake_quantize(y, grid).sum().backward()
+    fake_quantize(y, grid).sum().backward()  # type: ignore[no-untyped-call]
     assert y.grad is not None
     assert y.grad.tolist() == [[1.0, 0.0, 1.0, 0.0]]
 
@@ -233,3 +233,38 @@ def test_nan_neither_hangs_nor_crashes() -> None:
         assert fake_quantize(x, grid)[1] == 1.0
         assert quantize(x, grid).shape == x.shape
     assert fake_quantize(torch.zeros(0, 3), grid).shape == (0, 3)
+
+
+class RoundTrip(torch.nn.Module):
+    """Codes and fake-quantized values of its input."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.format, self.axis = grid.format, grid.axis
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero_point", grid.zero_point)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.scale, Tensor)
+        grid = Grid(self.format, self.scale, self.zero_point, self.axis)  # type: ignore[arg-type]
+        return quantize(x, grid), fake_quantize(x, grid)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(IntFormat(8), torch.tensor(0.1)),
+        Grid(
+            IntFormat(4, signed=False), torch.tensor([0.1, 0.2]), torch.tensor([3, 4], dtype=torch.int32), 0
+        ),
+        Grid(FP8_E4M3, torch.tensor(0.1)),
+    ],
+    ids=["tensor", "channel", "fp8"],
+)
+def test_export_traces_the_same_numbers(grid: Grid) -> None:
+    """torch.export sees plain operations, and no value of a scale is frozen into the graph."""
+    x = torch.randn(2, 300) * 3
+    model = RoundTrip(grid)
+    exported = torch.export.export(model, (x,)).module()
+    for traced, eager in zip(exported(x), model(x)):
+        assert torch.equal(traced, eager)

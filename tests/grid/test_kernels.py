@@ -57,7 +57,9 @@ def test_eager_pieces_are_the_definition(fmt: Format, affine: bool) -> None:
     if affine and not isinstance(fmt, IntFormat):
         pytest.skip("a float format has no zero point")
     scale = 0.37
-    zero = torch.tensor((fmt.qmin + min(fmt.qmax, 1 << 30)) // 2, dtype=torch.int32) if affine else None
+    zero = None
+    if affine and isinstance(fmt, IntFormat):
+        zero = torch.tensor((fmt.qmin + min(fmt.qmax, 1 << 30)) // 2, dtype=torch.int32)
     grid = Grid(fmt, torch.tensor(scale), zero)
     x = inputs(scale)
     expected = definition(x, grid)

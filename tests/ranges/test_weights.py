@@ -120,6 +120,16 @@ def test_a_channel_of_zeros_is_legal_and_stays_zero(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_pieces_and_dead_channels_do_not_change_a_large_weight(rule: str) -> None:
+    """The search goes through the rows in pieces; every row gets what it gets alone."""
+    w = torch.randn(12, 20_000)
+    w[2:6] = 0.0
+    grid = weight_grid(w, spec_of(rule))
+    assert torch.equal(grid.scale[2:6], grid.scale.max().expand(4))
+    assert torch.equal(grid.scale[9:10], weight_grid(w[9:10], spec_of(rule)).scale)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "options", [{}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 2}]
 )

@@ -55,11 +55,12 @@ def batch_arguments(model: nn.Module, batch: Any, forward: ForwardFunction | Non
                 f"the forward= function called the model {len(recorder.calls)} times for one batch; it must call it "
                 "exactly once, as model(...)"
             )
-        return recorder.calls[0]
+        args, kwargs = recorder.calls[0]
+        return positional(inspect.signature(model.forward), args, kwargs)
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
-        return (), _by_name(model, batch)
+        return positional(inspect.signature(model.forward), (), _by_name(model, batch))
     if isinstance(batch, tuple | list):
         return _leading(model, batch), {}
     raise DataError(
@@ -67,6 +68,15 @@ def batch_arguments(model: nn.Module, batch: Any, forward: ForwardFunction | Non
         "tuple or list whose leading elements are the inputs, a dict by forward's parameter names, or pass "
         "forward=lambda model, batch: ..."
     )
+
+
+def positional(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The same arguments with as many as possible in their places, so that every call looks alike."""
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise DataError(f"the inputs do not fit forward{signature}: {error}") from error
+    return bound.args, bound.kwargs
 
 
 def _by_name(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def normalize(graph: fx.GraphModule, prefix: str = "") -> fx.GraphModule:
     _drop_no_ops(graph)
     _fold_constants(graph)
     _views_to_reshapes(graph)
+    _merge_means(graph)
     _decompose_attention(graph)
     layered = _calls_to_layers(graph, prefix)
     layered.graph.eliminate_dead_code()
@@ -118,6 +119,36 @@ def _views_to_reshapes(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op == "call_function" and aten_name(node) == "view":
             node.target = torch.ops.aten.reshape.default
+
+
+def _merge_means(graph: fx.GraphModule) -> None:
+    """Means over both axes of a plane, in one step or two, become a global pooling and a flatten."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or aten_name(node) != "mean" or not isinstance(node.args[0], fx.Node):
+            continue
+        source, dims = node.args[0], _mean_dims(node)
+        if dims == {2} and aten_name(source) == "mean" and _mean_dims(source) == {3} and len(source.users) == 1:
+            source, dims = source.args[0], {2, 3}  # x.mean(3).mean(2)
+        rank = source.meta["val"].ndim  # type: ignore[union-attr]
+        if dims != {2, 3} or rank != 4 or node.meta["val"].ndim != 2:
+            continue
+        with graph.graph.inserting_before(node):
+            pooled = graph.graph.call_function(torch.ops.aten.mean.dim, (source, [2, 3], True))
+            pooled.meta = {**node.meta, "val": torch.ops.aten.mean.dim(source.meta["val"], [2, 3], True)}  # type: ignore[union-attr]
+            flat = graph.graph.call_function(torch.ops.aten.flatten.using_ints, (pooled, 1))
+            flat.meta = dict(node.meta)
+        node.replace_all_uses_with(flat)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+
+
+def _mean_dims(node: fx.Node) -> set[int]:
+    source = node.args[0]
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(source, fx.Node) or not isinstance(dims, list | tuple):
+        return set()
+    return {int(d) % source.meta["val"].ndim for d in dims}  # type: ignore[arg-type]
 
 
 def _decompose_attention(graph: fx.GraphModule) -> None:

@@ -45,8 +45,8 @@ ValidationSamples = Annotated[
 Recipe = Annotated[str, typer.Option(help="int8, int8-tensor, int8-po2, w8a16, int16, fp8 or a YAML file")]
 Target = Annotated[str, typer.Option(help="What runs the file: see 'bitsmith targets'")]
 Placement = Annotated[
-    str | None,
-    typer.Option(help="runtime, fx, flexml, layerwise [default: the recipe's]", show_default=False),
+    Literal["runtime", "fx", "flexml", "layerwise"] | None,
+    typer.Option(help="Where quantizers stand [default: as in the recipe]", show_default=False),
 ]
 Style = Annotated[Literal["qdq", "qcdq"], typer.Option(help="How the ONNX file says what is quantized")]
 Opset = Annotated[

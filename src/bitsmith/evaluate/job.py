@@ -13,10 +13,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from ..deployment import deploy
 from ..errors import DataError, ExportError, VerificationError
+from ..export import export_onnx
 from ..files import staged_dir, write_text
-from ..recipe import PlacementName
+from ..flow import quantize
+from ..recipe import PlacementName, load_recipe
 from ..report.model import Report
+from ..storage import save
+from ..targets import get_target
+from ..verify import save_evidence, verify
 from .data import Data
 from .float_file import export_float_onnx
 from .latency import Latency, interleaved_latency, onnxruntime_runner, onnxruntime_session
@@ -26,7 +32,9 @@ from .progress import progress_callback
 MODEL_FILE = "model.onnx"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
-VERIFIED_SAMPLES = 16
+VERIFIED_SAMPLES = 100
+KEPT_BYTES = 4 << 20  # of inputs, for 'bitsmith verify'
+KEPT_SAMPLES = 16
 
 
 class JobSettings(BaseModel):
@@ -94,6 +102,7 @@ def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
         notes = ["no validation data: the models are compared on the calibration samples, which flatters"]
     else:
         notes = []
+    get_target(job.settings.target).check(load_recipe(job.settings.recipe))
     recorder = Recorder(job.model)
     # First, so that data that cannot be read, or the wrong preprocessing, shows before any work is done.
     metrics = {"float": _measure(job, recorder, "float model")}
@@ -109,16 +118,15 @@ def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
 
 def run_job(job: Job, output: str | Path) -> JobResult:
     """Quantize, write, verify and measure. ``output`` gets all files at the end, or, on an error, none."""
-    import bitsmith
-
     with staged_dir(output) as folder:
         result, quantized, recorder = simulate(job)
-        inputs = _sample_inputs(job.judged)
+        batches = _sample_inputs(job.judged)
+        inputs = batches[0]
         _write(job, quantized, folder)
         job.say("verifying the file against the integer executor and the simulation")
-        result.certificate = _certify(job, quantized, folder, inputs)
+        result.certificate = _certify(quantized, folder, batches)
         engine = _engine(job.settings.target)
-        deployed = bitsmith.deploy(folder / MODEL_FILE, engine=engine)
+        deployed = deploy(folder / MODEL_FILE, engine=engine)
         result.metrics["deployed"] = _measure(job, deployed, f"file in {engine}", recorder)
         job.say(f"file in {engine}: {_headline(result.metrics['deployed'])}")
         _weigh(job, folder, inputs, result)
@@ -145,13 +153,11 @@ class _Unlabelled:
 
 
 def _quantize(job: Job) -> Any:
-    import bitsmith
-
     settings = job.settings
     job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, data {job.calibration.name}")
     start = time.perf_counter()
     with progress_callback(job.show_progress) as show:
-        quantized = bitsmith.quantize(
+        quantized = quantize(
             job.model,
             job.calibration,
             recipe=settings.recipe,
@@ -172,31 +178,25 @@ def _measure(job: Job, model: Any, what: str, recorder: Recorder | None = None) 
 
 
 def _write(job: Job, quantized: Any, folder: Path) -> None:
-    import bitsmith
-
     job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
-    bitsmith.save(quantized, folder)
-    bitsmith.export_onnx(quantized, folder / MODEL_FILE, style=job.settings.style, opset=job.settings.opset)
+    save(quantized, folder)
+    export_onnx(quantized, folder / MODEL_FILE, style=job.settings.style, opset=job.settings.opset)
     recipe = folder / RECIPE_FILE
     if not recipe.exists():
         write_text(recipe, quantized.recipe.to_yaml())
 
 
-def _certify(job: Job, quantized: Any, folder: Path, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    import bitsmith
-
-    certificate = bitsmith.verify(quantized, folder / MODEL_FILE, inputs if len(inputs) > 1 else inputs[0])
-    return {
-        **certificate.model_dump(mode="json"),
-        "passed": certificate.passed,
-        "verdict": certificate.verdict,
-    }
+def _certify(quantized: Any, folder: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """Verify the file on ``batches`` and keep some samples, so that it can be verified again anywhere."""
+    certificate = verify(quantized, folder / MODEL_FILE, batches)
+    sample_bytes = sum(value[0].numel() * value.element_size() for value in batches[0])
+    kept = max(1, min(KEPT_SAMPLES, KEPT_BYTES // max(sample_bytes, 1)))
+    save_evidence(folder, quantized, certificate, (tuple(value[:kept] for value in batches[0]), {}))
+    return certificate.model_dump(mode="json")
 
 
 def _engine(target: str) -> str:
     """What runs the ONNX file: the target's own engine where that reads such files."""
-    from ..targets import get_target
-
     engine = get_target(target).engine
     return engine if engine in ("onnxruntime", "openvino") else "onnxruntime"
 
@@ -231,12 +231,19 @@ def _latency(
     return interleaved_latency(runners, seconds=seconds)
 
 
-def _sample_inputs(data: Data) -> tuple[Any, ...]:
-    """Some samples to verify with: the head of the first batch."""
+def _sample_inputs(data: Data) -> list[tuple[Any, ...]]:
+    """Batches of inputs to verify with, from the first samples."""
+    batches: list[tuple[Any, ...]] = []
+    left = VERIFIED_SAMPLES
     for batch in data:
         inputs, _ = split_batch(batch)
-        return tuple(value[:VERIFIED_SAMPLES] for value in inputs)
-    raise DataError(f"{data.name} holds no samples: there is nothing to verify with")
+        batches.append(tuple(value[:left] for value in inputs))
+        left -= len(batches[-1][0])
+        if left <= 0:
+            break
+    if not batches:
+        raise DataError(f"{data.name} holds no samples: there is nothing to verify with")
+    return batches
 
 
 def _size(path: Path) -> int:

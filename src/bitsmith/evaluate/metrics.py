@@ -133,7 +133,7 @@ def _run(model: Model, inputs: tuple[Any, ...], data: Data) -> Tensor:
         )
         raise DataError(
             f"the model fails on a batch of {shapes or type(inputs[0]).__name__} from {data.name}: "
-            f"{type(error).__name__}: {str(error).strip()}. See that the data have the shape and type that the "
+            f"{type(error).__name__}: {str(error).strip()}. The data need the shape and type that the "
             f"model was trained with"
         ) from error
 

@@ -144,8 +144,9 @@ def _load_pt2(path: Path) -> nn.Module:
 
 
 def _without_modes(module: nn.Module) -> nn.Module:
-    """An exported program has one mode, built in; torch lets ``eval()`` raise, on which any tool would stumble."""
-    module.training = False
+    """Let ``eval()`` pass: an exported program has one mode, built in, and torch makes the call raise."""
+    for part in module.modules():
+        part.training = False
     module.train = module.eval = MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
     return module
 

@@ -36,7 +36,7 @@ def progress(
 
 @contextmanager
 def progress_callback(enabled: bool | None = None) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A function ``(done, total, what)`` that moves a bar, for work that reports by itself; None where silent."""
+    """A function ``(done, total, what)`` that moves a bar, for work that reports; None where silent."""
     if not _wanted(enabled):
         yield None
         return

@@ -30,6 +30,10 @@ FLOAT32_BITS = 24
 """Integers of up to this many bits are exact in float32, and so is their clamped sum with a zero point."""
 
 _CHUNK_PER_THREAD = 1 << 17
+# Adding this and taking it away rounds |x| <= 2**22 half to even. Small tensors are rounded so: torch splits
+# round_ among its threads from 2,048 elements on, and on a busy machine waiting for them costs milliseconds.
+_MAGIC = 1.5 * 2.0**23
+_SERIAL = 32_768  # from here on torch splits every operation
 _log = logging.getLogger(__name__)
 _compiled_override: bool | None = None
 _Scalar = Tensor | float
@@ -44,6 +48,7 @@ class _Law(NamedTuple):
     zero_point: _Scalar
     dtype: torch.dtype
     format: FloatFormat | None = None
+    short: bool = False  # all of low .. high is within 2**22 of 0
 
     def rows(self, start: int, stop: int, total: int) -> _Law:
         """The law of rows ``start:stop`` of dimension 0."""
@@ -109,6 +114,10 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     tensor([  1, 127], dtype=torch.int8)
     """
     x = x.float()
+    if torch.compiler.is_compiling():
+        blocks, law = _law(x, grid, scalars=False)
+        code = _round(blocks / law.scale, law) + law.zero_point
+        return code.to(grid.code_dtype).reshape(x.shape)
     with torch.no_grad():
         out = torch.empty_like(x, dtype=grid.code_dtype)
         for piece, target, law in _pieces(x, out, grid):
@@ -126,7 +135,7 @@ def inside(x: Tensor, grid: Grid) -> Tensor:
     tensor([ True, False])
     """
     blocks, law = _law(x.detach().float(), grid, scalars=False)
-    unclipped = law._replace(low=-math.inf, high=math.inf)
+    unclipped = law._replace(low=-math.inf, high=math.inf, short=False)
     code = _round(blocks / law.scale, unclipped)
     return ((code >= law.low) & (code <= law.high)).reshape(x.shape)
 
@@ -143,7 +152,8 @@ def broadcast(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     >>> tuple(blocks.shape), tuple(scale.shape)
     ((2, 3, 2), (2, 3, 1))
     """
-    scale, zero_point = grid.scale, grid.zero_point
+    scale = grid.scale.to(x.device)
+    zero_point = None if grid.zero_point is None else grid.zero_point.to(x.device)
     if scale.ndim == 0:
         return x, scale, zero_point
     axis = _axis(x, grid)
@@ -194,11 +204,12 @@ def _law(x: Tensor, grid: Grid, *, scalars: bool) -> tuple[Tensor, _Law]:
     else:
         dtype = torch.float32 if grid.format.bits <= FLOAT32_BITS else torch.float64
         qmin, qmax = float(grid.format.qmin), float(grid.format.qmax)
+        short = grid.format.bits <= 22
         if zero_point is None:
-            law = _Law(scale, qmin, qmax, 0.0, dtype)
+            law = _Law(scale, qmin, qmax, 0.0, dtype, short=short)
         else:
             zero_point = zero_point.to(dtype)
-            law = _Law(scale, qmin - zero_point, qmax - zero_point, zero_point, dtype)
+            law = _Law(scale, qmin - zero_point, qmax - zero_point, zero_point, dtype, short=short)
     if scalars and scale.ndim == 0:
         law = law._replace(
             scale=float(scale), low=float(law.low), high=float(law.high), zero_point=float(law.zero_point)
@@ -210,13 +221,16 @@ def _round(ratio: Tensor, law: _Law) -> Tensor:
     """``code - zero_point`` from ``x / scale``, overwriting ``ratio`` where its dtype allows."""
     if law.format is not None:
         return _round_to_float(ratio, law.format, law.low, law.high)
-    return _clamp_(ratio.to(law.dtype).round_(), law.low, law.high)
+    code = _clamp_(ratio.to(law.dtype), law.low, law.high)  # the bounds are integers: rounding may follow
+    if law.short and code.numel() < _SERIAL:
+        return code.add_(_MAGIC).sub_(_MAGIC)
+    return code.round_()
 
 
 def _clamp_(x: Tensor, low: _Scalar, high: _Scalar) -> Tensor:
-    """``clamp_`` for bounds that are both tensors or both numbers, or one of each."""
-    if isinstance(low, Tensor) != isinstance(high, Tensor):
-        low, high = torch.as_tensor(low, device=x.device), torch.as_tensor(high, device=x.device)
+    """``clamp_``; bounds that are tensors go one after the other, since torch's kernel for both is slow."""
+    if isinstance(low, Tensor) and isinstance(high, Tensor) and not torch.compiler.is_compiling():
+        return torch.maximum(torch.minimum(x, high, out=x), low, out=x)
     return x.clamp_(low, high)  # type: ignore[arg-type]
 
 

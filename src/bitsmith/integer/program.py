@@ -64,20 +64,21 @@ class Program:
         """Run the program; inputs and outputs are those of the float model."""
         with torch.no_grad():
             env = self.run(*args, **kwargs)
-        return self.graph.graph._codegen.process_outputs(env["output"])
+        return env["output"]
 
     def run(self, *args: Any, keep: bool = False, **kwargs: Any) -> dict[Any, Any]:
         """All values by node (only the outputs unless ``keep``); codes are centred."""
-        flat = self.graph.graph._codegen.process_inputs(*args, **kwargs)
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
-        env: dict[Any, Any] = dict(zip(placeholders, flat))
+        env: dict[Any, Any] = dict(zip(placeholders, leaves))
         for step in self.steps:
             env[step.node] = step.run(env)
             if not keep:
                 for node in step.last_use_of:
                     env.pop(node, None)
         output = next(n for n in self.graph.graph.nodes if n.op == "output")
-        env["output"] = fx.map_arg(output.args[0], lambda n: self.real(n, env))
+        flat = fx.map_arg(output.args[0], lambda n: self.real(n, env))
+        env["output"] = self.graph.graph._codegen.process_outputs(flat)
         return env
 
     def real(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

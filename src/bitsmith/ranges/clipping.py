@@ -34,7 +34,7 @@ def mse(summary: Summary, spec: TensorSpec, non_negative: bool = False) -> tuple
     >>> bool(0.8 < hi < 1.5)
     True
     """
-    lo, hi = summary.lo.double().clamp(max=0.0), summary.hi.double().clamp(min=0.0)
+    lo, hi = summary.lo.cpu().double().clamp(max=0.0), summary.hi.cpu().double().clamp(min=0.0)
     if non_negative:
         lo = torch.zeros_like(lo)
     one_sided = spec.symmetric or bool(lo == 0) or bool(hi == 0)

@@ -44,7 +44,7 @@ class Histogram:
         """Take in ``x``."""
         if not x.numel():
             return
-        lo, hi = (value.cpu() for value in extremes(x))
+        lo, hi = extremes(x)
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
         self._grow(math.frexp(max(abs(float(lo)), abs(float(hi))))[1])

@@ -77,7 +77,7 @@ def objective(W: Tensor, W_q: Tensor) -> Tensor:
 
 
 def _shrink(x: Tensor, beta: float) -> Tensor:
-    """The generalized soft threshold: ``sign(x) * relu(|x| - |x|**(p - 1) / beta)`` (eq. 4)."""
+    """The generalized soft threshold: ``sign(x) * relu(|x| - |x|**(p - 1) / beta)``."""
     magnitude = x.abs()
     return (magnitude - magnitude.pow(P - 1.0).div_(beta)).relu_().mul_(x.sign())
 
@@ -90,7 +90,7 @@ def _closed_form(target: Tensor, W_q: Tensor, grid: Grid, spec: TensorSpec) -> G
     zero_point = grid.zero_point
     shift = torch.zeros_like(scale)
     if zero_point is not None and not spec.symmetric:
-        shift = (code - target / scale).mean(1, keepdim=True)  # eq. 5, in addition to the present zero point
+        shift = (code - target / scale).mean(1, keepdim=True)  # on top of the present zero point
         code = code - shift
     power = code.square().sum(1, keepdim=True)
     fitted = (code * target).sum(1, keepdim=True) / power

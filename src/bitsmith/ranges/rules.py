@@ -91,10 +91,11 @@ def activation_grid(
     summary = statistic.finish()
     if not bool((summary.lo != 0).any() | (summary.hi != 0).any()):
         raise CalibrationError(
-            "the range is zero: every value seen is 0. Check that the calibration data reaches this point, "
-            "or leave this tensor unquantized"
+            f"the range is zero: every value seen, or all that the rule {spec.range.name!r} keeps, is 0. "
+            "Check that the calibration data reaches this point, try minmax, or leave this tensor unquantized"
         )
-    lo, hi = _rule(spec).range(summary, spec, non_negative)
+    device = summary.lo.device
+    lo, hi = (end.to(device) for end in _rule(spec).range(summary, spec, non_negative))
     return solve_grid(
         lo, hi, spec, non_negative=non_negative, unsigned_codes=unsigned_codes, axis=_axis(spec)
     )

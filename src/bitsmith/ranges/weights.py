@@ -17,6 +17,7 @@ from .tails import tail_rank
 
 _NEGLIGIBLE = 2.0**-100
 _REFINEMENTS = 8
+_PIECE = 32_767  # elements; torch starts to use threads at 32,768
 
 
 def weight_grid(weight: Tensor, spec: TensorSpec, axis: int = 0) -> Grid:
@@ -47,12 +48,31 @@ def weight_grid(weight: Tensor, spec: TensorSpec, axis: int = 0) -> Grid:
             f"{bad} of {weight.numel()} weights are NaN or infinite: the checkpoint is corrupt"
         )
     rows, shape, grid_axis = _rows(weight, spec, axis)
-    if not weight.numel() or float(weight.abs().max()) < _NEGLIGIBLE:
-        lo, hi = torch.zeros(len(rows)), torch.ones(len(rows))
-    else:
-        row_spec = spec.model_copy(update={"granularity": "channel", "group_size": None})
-        lo, hi = RULES[spec.range.name](rows, row_spec)
+    lo, hi = _ends(rows, spec)
     return solve_grid(lo.reshape(shape), hi.reshape(shape), spec, axis=grid_axis)
+
+
+def _ends(rows: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """The range of every row: what the rule finds, 0 for a row of zeros, and 0 .. 1 if all rows are.
+
+    On a CPU the rows go to the rule in pieces too small for torch to split among threads: a search makes
+    hundreds of short passes, which run from the cache, and waiting for other threads would cost more than it
+    gains.
+    """
+    lo, hi = rows.new_zeros(len(rows), dtype=torch.float64), rows.new_zeros(len(rows), dtype=torch.float64)
+    if not rows.numel():
+        return lo, hi + 1.0
+    alive = (rows.abs().amax(1) >= _NEGLIGIBLE).nonzero()[:, 0]
+    if not alive.numel():
+        return lo, hi + 1.0
+    row_spec = spec.model_copy(update={"granularity": "channel", "group_size": None})
+    rule = RULES[spec.range.name]
+    at_once = max(1, _PIECE // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    for start in range(0, alive.numel(), at_once):
+        index = alive[start : start + at_once]
+        piece_lo, piece_hi = rule(rows[index], row_spec)
+        lo[index], hi[index] = piece_lo.double(), piece_hi.double()
+    return lo, hi
 
 
 def _rows(weight: Tensor, spec: TensorSpec, axis: int) -> tuple[Tensor, list[int], int | None]:

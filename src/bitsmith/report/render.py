@@ -67,11 +67,10 @@ def coverage_line(report: Report) -> str:
     share = f"{100 * coverage.fraction:.1f} % of {count(coverage.total_macs)}"
     line = f"{share} multiply-accumulates run in integers"
     if coverage.quantized_macs > coverage.integer_macs:
-        line += f" there, {100 * coverage.quantized_fraction:.1f} % have quantized operands"
+        line += f" on the target ({100 * coverage.quantized_fraction:.1f} % have quantized operands)"
     names = coverage.float_layers
     if names:
-        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        line += f"; in float: {', '.join(names[:6])}{more}"
+        line += f"; in float: {_listed(names)}"
     return line
 
 
@@ -209,6 +208,12 @@ def _mark(layer: LayerReport, weak: bool) -> Text:
     return Text(", ".join(words), style="yellow")
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Some names, and how many more there are."""
+    most = 6
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _bits(bits: int | None) -> str:
     return _NONE if bits is None else str(bits)
 
@@ -220,7 +225,11 @@ def _all_notes(report: Report) -> list[str]:
         notes.append(
             f"{len(folded)} batch norms folded into their neighbours" if len(folded) > 1 else folded[0]
         )
-    notes += [f"{layer.name}: {layer.note}" for layer in report.layers if layer.note]
+    by_note: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if layer.note:
+            by_note.setdefault(layer.note, []).append(layer.name)
+    notes += [f"{_listed(names)}: {note}" for note, names in by_note.items()]
     more = len(notes) - _NOTES
     return notes if more <= 0 else [*notes[:_NOTES], f"and {more} more notes in report.json"]
 

@@ -26,11 +26,11 @@ _OPERATORS = (
 )  # fmt: skip
 
 OLDEST_OPSET = 13
-# onnxruntime 1.31 and OpenVINO 2026.4 run all that is written here, and onnxruntime fuses it alike, at each of
-# 13 .. 26; onnxruntime refuses 27.
+# onnxruntime 1.31 and OpenVINO 2026.4 run all that is written here at each of 13 .. 26, onnxruntime with
+# the same fusions; it refuses 27.
 NEWEST_OPSET = min(26, onnx.defs.onnx_opset_version())
-# 21 is the first with INT4, 16-bit and blocked DequantizeLinear. Later ones bring nothing that is used here, and a
-# newer number only shuts older runtimes out.
+# 21 is the first with INT4, 16-bit and blocked DequantizeLinear. Later ones bring nothing that is used here,
+# and a newer number only shuts older runtimes out.
 DEFAULT_OPSET = 21
 _LARGE_TENSOR = 1 << 16
 
@@ -47,11 +47,11 @@ def build_onnx(
 ) -> onnx.ModelProto:
     """A LayerGraph, quantized or not, as a checked ONNX model with the shape of every tensor.
 
-    ``style`` ``"qdq"`` writes QuantizeLinear and DequantizeLinear; ``"qcdq"`` adds the Clip that codes narrower
-    than their storage type need. ``opset`` is 13 to 26.
+    ``style`` ``"qdq"`` writes QuantizeLinear and DequantizeLinear; ``"qcdq"`` adds the Clip that codes
+    narrower than their storage type need. ``opset`` is 13 to 26.
 
-    ``pack_int4`` stores weights of 4 bits or less as INT4 from opset 21 on; onnxruntime's CPU kernels then compute
-    in float, where with False (int8 storage) they compute on integers.
+    ``pack_int4`` stores weights of 4 bits or less as INT4 from opset 21 on; onnxruntime's CPU kernels then
+    compute in float, where with False (int8 storage) they compute on integers.
 
     ``uint8_activations`` stores signed activation codes as uint8 with the zero point moved along: the same
     numbers. onnxruntime on x86 fuses these everywhere, but leaves an int8 tensor with two readers unfused.
@@ -95,7 +95,7 @@ def _write_attribute(builder: Builder, graph: fx.GraphModule, node: fx.Node) -> 
     for atom in str(node.target).split("."):
         value = getattr(value, atom)
     if isinstance(value, Tensor):
-        builder.constants[node] = value.detach()
+        builder.constants[node] = value.detach().contiguous()
 
 
 def _write_function(builder: Builder, graph: fx.GraphModule, node: fx.Node) -> None:
@@ -140,7 +140,8 @@ def fold(builder: Builder, node: fx.Node) -> bool:
     if not all(n in builder.constants for n in node.all_input_nodes):
         return False
     arguments = torch.fx.map_arg((node.args, node.kwargs), lambda n: builder.constants[n])
-    builder.constants[node] = target(*arguments[0], **arguments[1]).detach()
+    # Contiguous, because capture drops the clones that make a later view possible.
+    builder.constants[node] = target(*arguments[0], **arguments[1]).detach().contiguous()
     return True
 
 

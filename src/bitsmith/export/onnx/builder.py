@@ -135,7 +135,7 @@ class Builder:
         return name if source == target else self.emit("Cast", [name], to=element_type(target))[0]
 
     def finish_node(self, first: int, result: str, base: str, *, rename_node: bool = True) -> str:
-        """Give the last value of the nodes from ``first`` on, and the node that made it, the layer's own name."""
+        """Give the result of the nodes from ``first`` on, and the node that made it, the layer's own name."""
         written = self.nodes[first:]
         maker = next((node for node in written if result in node.output), None)
         if maker is None:
@@ -152,7 +152,7 @@ class Builder:
     # Shapes.
 
     def add_symbols(self, name: str, tensor: Tensor) -> None:
-        """Remember which dimensions of an input are free, and give each a name: ``batch`` for the first axis."""
+        """Remember which dimensions of an input are free and name them; the first axis is ``batch``."""
         for axis, dim in enumerate(tensor.shape):
             if isinstance(dim, torch.SymInt) and isinstance(dim.node.expr, sympy.Symbol):
                 names = {known for known, _, _ in self.symbols.values()}
@@ -173,7 +173,7 @@ class Builder:
         self.infos[name] = helper.make_tensor_value_info(name, element_type(tensor.dtype), shape)
 
     def dim_tensor(self, dim: Dim) -> str:
-        """A dimension as an int64 tensor of one element, computed from the inputs' shapes where it is free."""
+        """A dimension as an int64 tensor of one element, computed from the inputs' shapes if free."""
         if isinstance(dim, torch.SymInt):
             return self._expression(dim.node.expr)
         return self.constant(torch.tensor([int(dim)]), "dim")

@@ -172,8 +172,8 @@ def _bounds(call: Call) -> tuple[float | None, float | None]:
 def _saturated(call: Call, low: float | None, high: float | None) -> tuple[bool, bool]:
     """Which bounds change nothing, because the only reader is a Quantizer that saturates at or inside them.
 
-    A value beyond the bound then gets the end code with the clamp and without it: the bound itself rounds to that
-    code when it is less than half a step inside. Without the clamp, onnxruntime fuses the layer before it.
+    A value beyond the bound then gets the end code with the clamp and without it: the bound itself rounds to
+    that code when it is less than half a step inside. Without it, onnxruntime fuses the layer before.
     """
     grid = _next_grid(call.node)
     if grid is None or not isinstance(grid.format, IntFormat) or grid.scale.ndim:

@@ -84,8 +84,8 @@ def batch_norm(call: LayerCall) -> str:
         f"{name}.bias", ones - ones, share=True
     )
     return call.emit(
-        "BatchNormalization", call.x, weight, bias, call.parameter("running_mean"), call.parameter("running_var"),
-        epsilon=layer.eps,
+        "BatchNormalization", call.x, weight, bias, call.parameter("running_mean"),
+        call.parameter("running_var"), epsilon=layer.eps,
     )  # fmt: skip
 
 

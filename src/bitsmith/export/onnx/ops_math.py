@@ -235,9 +235,10 @@ def reduce(
 def mean(call: Call) -> Result:
     dims, rank = reduction_dims(call), call.fake().ndim
     if rank >= 3 and dims == list(range(2, rank)):
-        # onnxruntime has an int8 kernel for GlobalAveragePool, none for ReduceMean.
+        # onnxruntime has an int8 kernel for GlobalAveragePool, none for ReduceMean, and it moves a
+        # QuantizeLinear back past Squeeze to fuse it, but not past Flatten.
         pooled = call.emit("GlobalAveragePool", call.tensor())
-        return pooled if call["keepdim"] else call.emit("Flatten", pooled, axis=1)
+        return pooled if call["keepdim"] else call.emit("Squeeze", pooled, call.ints(dims))
     return reduce(call, "ReduceMean", call.operand("self", call.out.dtype), dims)
 
 

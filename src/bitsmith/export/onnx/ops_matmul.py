@@ -197,6 +197,16 @@ def batch_norm(call: Call) -> Result:
     )
 
 
+@lowers("aten._native_batch_norm_legit_no_training.default")
+def batch_norm_decomposed(call: Call) -> Result:
+    """What ``run_decompositions`` makes of a batch norm in eval mode: (output, nothing, nothing)."""
+    channels = int(fake(call["running_mean"]).shape[0])
+    weight = call.optional("weight") or call.builder.constant(torch.ones(channels), "ones")
+    bias = call.optional("bias") or call.builder.constant(torch.zeros(channels), "zeros")
+    inputs = (call.tensor("input"), weight, bias, call.tensor("running_mean"), call.tensor("running_var"))
+    return (call.emit("BatchNormalization", *inputs, epsilon=call["eps"]),)
+
+
 @lowers("aten.embedding.default")
 def embedding(call: Call) -> Result:
     return call.emit("Gather", call.tensor("weight"), call.tensor("indices"), axis=0)

@@ -1,4 +1,4 @@
-"""Pooling. A pool that averages a whole plane is written as GlobalAveragePool, which runtimes have in int8."""
+"""Pooling. What averages a whole plane is written as GlobalAveragePool, which runtimes have in int8."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _window(call: Call) -> dict[str, list[int]]:
 def _end_pads(
     call: Call, kernel: list[int], stride: list[int], pads: list[int], dilation: list[int]
 ) -> list[int]:
-    """Padding at the end that yields torch's output size, so that ceil_mode (in which runtimes differ) is not needed."""
+    """Padding at the end that yields torch's output size: no ceil_mode, in which runtimes differ."""
     if not call["ceil_mode"]:
         return pads
     sizes, outputs = call.fake().shape[2:], call.out.shape[2:]
@@ -125,8 +125,9 @@ def _adaptive(call: Call, kind: str) -> str:
 
 
 @lowers(
-    "aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default", "aten.adaptive_avg_pool3d.default",
-    "aten._adaptive_avg_pool2d.default", "aten._adaptive_avg_pool3d.default",
+    "aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default",
+    "aten.adaptive_avg_pool3d.default", "aten._adaptive_avg_pool2d.default",
+    "aten._adaptive_avg_pool3d.default",
 )  # fmt: skip
 def adaptive_avg_pool(call: Call) -> Result:
     return _adaptive(call, "Average")

@@ -24,8 +24,8 @@ def pass_through(call: Call) -> Result:
 
 
 @lowers(
-    "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default",
-    "aten.to.other", "aten.float.default",
+    "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device",
+    "aten.type_as.default", "aten.to.other", "aten.float.default",
 )  # fmt: skip
 def cast(call: Call) -> Result:
     return call.operand("self", call.out.dtype)
@@ -68,8 +68,7 @@ def reshape(call: Call) -> Result:
     source, target = call.fake().shape, call.out.shape
     if len(source) == len(target) and all(map(same, source, target)):
         return call.tensor()
-    if len(target) == 2 and len(source) > 2 and same(source[0], target[0]):
-        return call.emit("Flatten", call.tensor(), axis=1)
+    # Never Flatten: onnxruntime moves a QuantizeLinear back past Reshape and Squeeze, not past Flatten.
     return reshape_to(call, call.tensor(), source, target)
 
 

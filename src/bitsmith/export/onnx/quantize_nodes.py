@@ -26,7 +26,7 @@ def storage_dtype(grid: Grid, where: str, opset: int) -> torch.dtype:
     if isinstance(fmt, FloatFormat):
         if fmt not in _FLOAT8:
             raise ExportError(
-                f"ONNX export of {where}: ONNX has no {fmt}; use FP8 E4M3 (reserved 'nan') or E5M2 (reserved 'ieee')"
+                f"ONNX export of {where}: ONNX has no {fmt}; use FP8 E4M3 (reserved 'nan') or E5M2"
             )
         if opset < _FLOAT8_OPSET:
             raise ExportError(
@@ -47,7 +47,7 @@ def storage_dtype(grid: Grid, where: str, opset: int) -> torch.dtype:
 def emit_activation(builder: Builder, node: fx.Node, quantizer: Quantizer, source: fx.Node) -> str:
     """Write one Quantizer call; the name of the dequantized tensor.
 
-    The same Quantizer twice in a row is one pair of nodes, since its output is on its own grid already. Anything in
+    The same Quantizer twice in a row is one pair of nodes: its output is on its own grid already. Anything in
     between (a max pool, a reshape) keeps both pairs: that is how runtimes know that it may run on integers.
     """
     if quantizer.grid is None and quantizer.spec.dynamic:
@@ -97,8 +97,8 @@ def _clip_range(grid: Grid, dtype: torch.dtype, builder: Builder, where: str) ->
         return None
     if builder.style == "qdq":
         raise ExportError(
-            f"ONNX export of {where}: codes {fmt.qmin} .. {fmt.qmax} are narrower than {dtype}, and QuantizeLinear"
-            " saturates only at its type's ends; use style='qcdq', which adds a Clip"
+            f"ONNX export of {where}: codes {fmt.qmin} .. {fmt.qmax} are narrower than {dtype}, and"
+            " QuantizeLinear saturates only at its type's ends; use style='qcdq', which adds a Clip"
         )
     return fmt.qmin, fmt.qmax
 
@@ -195,7 +195,7 @@ def _blocked(builder: Builder, grid: Grid) -> bool:
 
 
 def _emit_rows_of_groups(builder: Builder, name: str, tensor: Tensor, grid: Grid, transposed: bool) -> str:
-    """Groups as the rows of a matrix with a scale each, put back into the weight's shape after dequantizing."""
+    """Groups as the rows of a matrix, a scale each; put back into the weight's shape once dequantized."""
     axis = (grid.axis or 0) % tensor.ndim
     size = grid.group_size
     assert size is not None

@@ -1,4 +1,4 @@
-"""Writing a model to disk: whole or not at all, with its weights beside it where it is too large for one file."""
+"""Writing a model to disk, whole or not at all; weights go beside it where one file is too small."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SMALL_TENSOR = 1024
 def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str], *, size_limit: int = SIZE_LIMIT) -> Path:
     """Write ``model`` to ``path``; the path written.
 
-    A model whose weights exceed ``size_limit`` bytes keeps them in ``<name>.data`` beside it. Files are written
-    under a temporary name in the same folder and moved into place when complete, so that a full disk leaves
-    nothing half-written and an older file as it was.
+    A model whose weights exceed ``size_limit`` bytes keeps them in ``<name>.data`` beside it. Files are
+    written under a temporary name in the same folder and moved into place when complete, so that a full disk
+    leaves nothing half-written and an older file as it was.
     """
     path = Path(path)
     large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > size_limit

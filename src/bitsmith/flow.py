@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,17 +69,17 @@ def quantize(
     clock.lap("calibrate")
     if was_training:
         notes.insert(0, "the model was in train mode: it was quantized in eval mode, and its mode was restored")
-    return finish(graph, recipe, target, placed, log, notes, seconds)
+    return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))
 
 
 def finish(
     graph: fx.GraphModule, recipe: Recipe, target: Target, placed: Placed, log: WalkLog | None, notes: list[str],
-    seconds: dict[str, float],
+    seconds: dict[str, float], signature: inspect.Signature,
 ) -> QuantizedModel:  # fmt: skip
     """The QuantizedModel of a calibrated graph, its program compiled and its report written."""
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
-    q = QuantizedModel(graph, recipe, target, build_report(recipe, target))
+    q = QuantizedModel(graph, recipe, target, build_report(recipe, target), signature)
     clock = _Clock(seconds)
     q.report = build_report(recipe, target, q.program, placed, log, [*notes, *placed.notes], seconds)
     clock.lap("compile")

@@ -1,0 +1,75 @@
+"""Writing a QuantizedModel: ONNX with QDQ or QCDQ, and torch.export's own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError
+from ..files import atomic_write
+from ..model import QuantizedModel
+
+
+def export_onnx(
+    q: QuantizedModel, path: str | Path, style: Literal["qdq", "qcdq"] = "qdq", *, opset: int | None = None,
+    pack_int4: bool = True,
+) -> Path:  # fmt: skip
+    """Write ``q`` as ONNX: integer weights, int32 biases, QuantizeLinear and DequantizeLinear where codes begin and end.
+
+    ``style="qcdq"`` adds the Clip that widths other than 8 and 16 bits need; ``"qdq"`` has none, and refuses them.
+    ``opset`` is 13 to 26. ``pack_int4`` packs weights of 4 bits and less as INT4 from opset 21 on; onnxruntime then
+    computes those layers in float, with False (int8 storage) in integers. The file appears whole or not at all.
+
+    >>> import bitsmith as bs, tempfile, pathlib
+    >>> q = bs.quantize(nn.Linear(4, 2), [torch.randn(32, 4)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_onnx(q, pathlib.Path(folder, "m.onnx")).name
+    'm.onnx'
+    """
+    from .onnx import build_onnx, save_onnx
+
+    model = build_onnx(
+        q.graph, style=style, opset=opset, pack_int4=pack_int4, uint8_activations=q.target.unsigned_codes
+    )
+    return save_onnx(model, Path(path))
+
+
+class _Simulation(nn.Module):
+    """The fake-quantized graph alone, which torch.export can follow."""
+
+    def __init__(self, q: QuantizedModel) -> None:
+        super().__init__()
+        self.graph = q.graph
+
+    def forward(self, *args: Any) -> Any:
+        return self.graph(*args)
+
+
+def export_pt2(q: QuantizedModel, path: str | Path) -> Path:
+    """Write the fake-quantized model as a ``.pt2`` file, which ``torch.export.load`` reads without Bitsmith.
+
+    It computes in float on the grids; it is no integer file. Raises ExportError where torch.export refuses the model.
+    """
+    placeholders = [n.meta.get("val") for n in q.graph.graph.nodes if n.op == "placeholder"]
+    if not all(isinstance(value, Tensor) for value in placeholders):
+        raise ExportError("export_pt2 takes models whose inputs are all tensors")
+    dynamic = tuple(
+        {0: torch.export.Dim.AUTO} if v.ndim and isinstance(v.shape[0], torch.SymInt) else None for v in placeholders
+    )
+    examples = tuple(torch.zeros([int(d) if isinstance(d, int) else 2 for d in v.shape], dtype=v.dtype) for v in placeholders)
+    spec: Any = q.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    args, kwargs = torch.utils._pytree.tree_unflatten(list(examples), spec)
+    if kwargs:
+        raise ExportError("export_pt2 takes models without keyword-only inputs")
+    shapes, _ = torch.utils._pytree.tree_unflatten(list(dynamic), spec)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(_Simulation(q), args, dynamic_shapes=(tuple(shapes),), strict=False)
+    except Exception as error:  # torch raises many types here
+        raise ExportError(f"torch.export cannot follow the quantized model: {error}") from error
+    with atomic_write(path) as temporary:
+        torch.export.save(program, str(temporary))
+    return Path(path)

@@ -1,0 +1,172 @@
+"""Keeping a quantized model: recipe, grids and weights in a folder, without pickles."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from .capture import capture, evaluation_mode
+from .capture.inputs import Arguments
+from .errors import CheckpointError
+from .files import atomic_write, prepare_output_dir, write_text
+from .grid import Format, Grid, Quantizer
+from .model import QuantizedModel
+from .place.layers import QuantLayer
+from .place.place import Placed, place
+from .prepare import fold_batch_norm
+from .recipe import Recipe
+from .report.model import Report
+from .targets import Target
+
+MANIFEST, STATE, RECIPE = "quantized.json", "quantized.safetensors", "recipe.yaml"
+_VERSION = 1
+_FORMAT: TypeAdapter[Format] = TypeAdapter(Format)
+
+
+def save(q: QuantizedModel, folder: str | Path) -> Path:
+    """Write ``q`` into ``folder``: ``quantized.safetensors``, ``quantized.json`` and ``recipe.yaml``.
+
+    Each file appears whole or not at all, the manifest last. ``bitsmith.load(folder, model)`` reads them back.
+    """
+    folder = prepare_output_dir(folder)
+    state = {name: value.contiguous() for name, value in _unique_state(q.graph).items()}
+    manifest = {
+        "version": _VERSION,
+        "target": q.target.model_dump(mode="json"),
+        "inputs": _describe_inputs(q.graph),
+        "quantizers": {name: _describe(quantizer) for name, quantizer in _quantizers(q.graph)},
+        "report": q.report.model_dump(mode="json"),
+    }
+    with atomic_write(folder / STATE) as path:
+        save_file(state, path)
+    write_text(folder / RECIPE, q.recipe.to_yaml())
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    return folder
+
+
+def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
+    """The quantized model saved in ``folder``; ``model`` is the float model it came from, and gives the structure.
+
+    Its weights come from the folder. Raises CheckpointError where a file is missing or damaged, or where the
+    model's structure is not the one that was saved.
+
+    >>> import bitsmith as bs, tempfile
+    >>> net, x = nn.Linear(4, 2), torch.randn(8, 4)
+    >>> q = bs.quantize(net, [x])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = bs.save(q, folder)
+    ...     bool((bs.load(folder, nn.Linear(4, 2))(x) == q(x)).all())
+    True
+    """
+    folder = Path(folder)
+    manifest, state = _read(folder)
+    recipe = Recipe.from_yaml((folder / RECIPE).read_text(encoding="utf-8"), source=str(folder / RECIPE))
+    try:
+        target = Target.model_validate(manifest["target"])
+        report = Report.model_validate(manifest["report"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
+    with evaluation_mode(model):
+        graph = capture(model, _example_inputs(manifest))
+    if "fold_batch_norm" in recipe.steps:
+        fold_batch_norm(graph)
+    placed = place(graph, recipe, target)
+    _restore(graph, placed, manifest, state, folder)
+    for parameter in graph.parameters():
+        parameter.requires_grad_(False)
+    return QuantizedModel(graph, recipe, target, report, inspect.signature(model.forward))
+
+
+def _quantizers(graph: fx.GraphModule) -> list[tuple[str, Quantizer]]:
+    return [(name, m) for name, m in graph.named_modules() if isinstance(m, Quantizer)]
+
+
+def _unique_state(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Every tensor once, also where two calls share a layer."""
+    seen: set[int] = set()
+    state = {}
+    for name, value in graph.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            state[name] = value.detach()
+    return state
+
+
+def _describe(quantizer: Quantizer) -> dict[str, Any]:
+    return {"format": _FORMAT.dump_python(quantizer.format, mode="json"), "axis": quantizer.axis}
+
+
+def _describe_inputs(graph: fx.GraphModule) -> dict[str, Any]:
+    leaves: list[Any] = []
+    for node in graph.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            shape = [d if isinstance(d, int) else 2 for d in value.shape]
+            leaves.append({"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")})
+        else:
+            leaves.append({"value": value})
+    spec = graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    return {"leaves": leaves, "structure": torch.utils._pytree.treespec_dumps(spec)}
+
+
+def _example_inputs(manifest: dict[str, Any]) -> Arguments:
+    try:
+        spec = torch.utils._pytree.treespec_loads(manifest["inputs"]["structure"])
+        leaves = [
+            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
+            for leaf in manifest["inputs"]["leaves"]
+        ]
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, spec)
+    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise CheckpointError(f"{MANIFEST} is damaged: its inputs cannot be read ({error})") from error
+    return tuple(args), dict(kwargs)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    missing = [name for name in (MANIFEST, STATE, RECIPE) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} holds no {', '.join(missing)}: give a folder that bitsmith.save wrote")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        state = load_file(folder / STATE)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"the model in {folder} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:
+        raise CheckpointError(f"{folder / MANIFEST} is not of version {_VERSION}: it was written by another Bitsmith")
+    return manifest, state
+
+
+def _restore(
+    graph: fx.GraphModule, placed: Placed, manifest: dict[str, Any], state: dict[str, Tensor], folder: Path
+) -> None:
+    described = manifest["quantizers"]
+    for name, quantizer in _quantizers(graph):
+        if f"{name}.scale" in state and name in described:
+            fmt = _FORMAT.validate_python(described[name]["format"])
+            zero = state.pop(f"{name}.zero_point", None)
+            quantizer.set_grid(Grid(fmt, state.pop(f"{name}.scale"), zero, described[name]["axis"]))
+    for module in list(graph.modules()):  # a bias that was left in float has no grid
+        if isinstance(module, QuantLayer) and module.bias_quantizer is not None and module.bias_quantizer.grid is None:
+            module.bias_quantizer = None
+    own = {k: v for k, v in _unique_state(graph).items() if not k.endswith((".scale", ".zero_point"))}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    ungridded = [name for name, quantizer in _quantizers(graph) if quantizer.grid is None]
+    if missing or unexpected or shapes or ungridded:
+        raise CheckpointError(
+            f"the model in {folder} does not fit this float model: missing {missing[:8]}, unexpected "
+            f"{unexpected[:8]}, other shapes {shapes[:8]}, no grid {ungridded[:8]}. Pass the model that was quantized"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])

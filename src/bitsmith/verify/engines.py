@@ -1,0 +1,113 @@
+"""Independent runtimes, each behind one function: a file in, a callable on numpy arrays out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import MissingExtraError, VerificationError
+
+EngineName = Literal["onnxruntime", "openvino"]
+Array = np.ndarray[Any, Any]
+_INTEGER_KERNELS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize")
+_COMPUTE_KERNELS = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU"}
+
+
+@dataclass
+class Engine:
+    """A loaded file: ``run(inputs by name) -> outputs``; ``kernels`` counts what the runtime made of it, if it says."""
+
+    name: str
+    version: str
+    inputs: list[str]
+    outputs: list[str]
+    run: Callable[[dict[str, Array]], list[Array]]
+    kernels: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def integer_kernels(self) -> dict[str, int]:
+        """Kernels that multiply or rescale codes."""
+        return {k: n for k, n in sorted(self.kernels.items()) if k.startswith(_INTEGER_KERNELS)}
+
+    @property
+    def float_compute_kernels(self) -> dict[str, int]:
+        """Convolutions and products that the runtime computes in float."""
+        return {k: n for k, n in sorted(self.kernels.items()) if k in _COMPUTE_KERNELS}
+
+
+def open_engine(path: str | Path, engine: EngineName = "onnxruntime", threads: int | None = None) -> Engine:
+    """Load an ONNX file (or OpenVINO IR) into a runtime. Raises VerificationError where the file cannot be loaded."""
+    path = Path(path)
+    if not path.is_file():
+        raise VerificationError(f"{path} is not a file: export the model first")
+    return _onnxruntime(path, threads) if engine == "onnxruntime" else _openvino(path, threads)
+
+
+def _onnxruntime(path: Path, threads: int | None) -> Engine:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    if _holds_float8(path):  # its QDQ fusion takes float8 for integers and then refuses its own graph
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    with TemporaryDirectory(prefix="bitsmith-ort-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(optimized)
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a family of its own, without a common base
+            raise VerificationError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
+        kernels = _node_types(optimized)
+    outputs = [o.name for o in session.get_outputs()]
+    return Engine(
+        "onnxruntime", ort.__version__, [i.name for i in session.get_inputs()], outputs,
+        lambda feeds: session.run(outputs, feeds), kernels,
+    )  # fmt: skip
+
+
+def _node_types(path: Path) -> Counter[str]:
+    import onnx
+
+    if not path.is_file():
+        return Counter()
+    return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
+
+
+def _holds_float8(path: Path) -> bool:
+    import onnx
+
+    names = {"FLOAT8E4M3FN", "FLOAT8E5M2"}
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return any(onnx.TensorProto.DataType.Name(t.data_type) in names for t in graph.initializer)
+
+
+def _openvino(path: Path, threads: int | None) -> Engine:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("OpenVINO is not installed: pip install 'bitsmith[openvino]'") from error
+    config = {
+        "INFERENCE_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+        "INFERENCE_PRECISION_HINT": "f32",  # else layers in float run in bfloat16 on processors that have it
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    try:
+        model = openvino.Core().compile_model(str(path), "CPU", config)
+    except RuntimeError as error:
+        raise VerificationError(f"OpenVINO {openvino.__version__} cannot load {path}: {error}") from error
+    request = model.create_infer_request()
+
+    def run(feeds: dict[str, Array]) -> list[Array]:
+        results = request.infer(feeds)
+        return [np.array(results[output]) for output in model.outputs]
+
+    names = [i.get_any_name() for i in model.inputs], [o.get_any_name() for o in model.outputs]
+    return Engine("openvino", openvino.__version__, *names, run)

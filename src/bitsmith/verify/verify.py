@@ -1,0 +1,202 @@
+"""Run the exported file in an independent engine and hold it against integer executor and simulation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..capture.inputs import Arguments, positional, sample_count
+from ..capture.ops import op_of, quantizer_of
+from ..errors import VerificationError
+from ..grid import IntFormat
+from ..model import QuantizedModel
+from .certificate import Certificate, OutputComparison, judge
+from .engines import Engine, EngineName, open_engine
+
+FLOAT_KERNEL_BOUND = 8.0  # LSB, where the runtime computes in float: summation order moves values across ties
+_PASSIVE = {"reshape", "transpose", "slice", "getitem", "max_pool", "pad", "resize_nearest"}
+
+
+def verify(
+    q: QuantizedModel, path: str | Path, inputs: Any, *, engine: EngineName | None = None,
+    max_lsb: float | None = None,
+) -> Certificate:  # fmt: skip
+    """Hold an exported file against the model it came from, on ``inputs`` (batches, as for calibration).
+
+    ``max_lsb`` overrides the difference that is allowed: 0 where the target's law is known for every operator of
+    the model, else ``FLOAT_KERNEL_BOUND``. The certificate says whether it passed; nothing is raised for a
+    difference, only for a file that cannot be run.
+    """
+    if engine is None:
+        engine = "openvino" if q.target.engine == "openvino" else "onnxruntime"
+    runtime = open_engine(path, engine)
+    batches = _batches(q, inputs)
+    executor, comparison = q.integer_executor(), _Comparison(q, runtime)
+    for batch in batches:
+        comparison.add(batch, executor)
+    return certify(q, Path(path), runtime, comparison.outputs(), comparison.samples, comparison.top1(), max_lsb)
+
+
+def _batches(q: QuantizedModel, inputs: Any) -> list[Arguments]:
+    """A tensor, tuple or dict is one batch; any other iterable holds batches, whose labels are left out."""
+    if isinstance(inputs, Tensor | tuple | Mapping):
+        inputs = [inputs]
+    count = len(q.graph.graph._codegen.pytree_info.in_spec.children_specs[0].children_specs)  # type: ignore[attr-defined]
+    batches: list[Arguments] = []
+    for batch in inputs:
+        if isinstance(batch, Mapping):
+            batches.append(positional(q.signature, (), dict(batch)))
+        else:
+            batches.append(((batch,) if isinstance(batch, Tensor) else tuple(batch)[:count], {}))
+    if not batches:
+        raise VerificationError("there are no inputs to verify with: give at least one batch")
+    return batches
+
+
+def certify(
+    q: QuantizedModel, path: Path, runtime: Engine, outputs: list[OutputComparison], samples: int,
+    top1: float | None, max_lsb: float | None = None,
+) -> Certificate:  # fmt: skip
+    """The certificate of measured differences."""
+    floats = float_operators(q)
+    exact = q.target.exact and runtime.name == "onnxruntime" and not floats and not runtime.float_compute_kernels
+    allowed = max_lsb if max_lsb is not None else 0.0 if exact else FLOAT_KERNEL_BOUND
+    passed, verdict = judge(outputs, floats or list(runtime.float_compute_kernels), exact, allowed)
+    return Certificate(
+        file=path.name, sha256=file_digest(path), engine=runtime.name, engine_version=runtime.version,
+        target=q.target.name, recipe=q.recipe.name, samples=samples, outputs=outputs, top1_agreement=top1,
+        coverage=q.report.coverage.fraction, integer_kernels=runtime.integer_kernels,
+        float_compute_kernels=runtime.float_compute_kernels, float_operators=floats,
+        file_bytes=file_bytes(path), float_bytes=float_bytes(q), allowed_max_lsb=allowed, passed=passed,
+        verdict=verdict,
+    )  # fmt: skip
+
+
+def float_operators(q: QuantizedModel) -> list[str]:
+    """Operators with arithmetic that the target computes in float, where no law holds to the bit."""
+    program = q.program
+    return [
+        str(node.target) if node.op == "call_module" else node.name
+        for node, kernel in program.kernels.items()
+        if kernel in ("float", "fake_quantize")
+        and node.op in ("call_function", "call_module")
+        and op_of(node).name not in _PASSIVE
+        and quantizer_of(node) is None
+        and isinstance(node.meta.get("val"), Tensor)
+    ]
+
+
+def flat_inputs(batch: Arguments) -> list[Tensor]:
+    """The tensors of a batch in the order of the file's inputs."""
+    leaves: Iterable[Any] = torch.utils._pytree.tree_leaves(batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def feeds_for(runtime: Engine, tensors: list[Tensor], names: list[str]) -> dict[str, Any]:
+    """Arrays by the file's input names; inputs that the file has no use for are left out."""
+    by_name = dict(zip(names, tensors))
+    missing = [name for name in runtime.inputs if name not in by_name]
+    if missing:
+        raise VerificationError(f"the file has inputs {runtime.inputs}, the model {names}: {missing} cannot be fed")
+    return {name: np.ascontiguousarray(by_name[name].detach().cpu().numpy()) for name in runtime.inputs}
+
+
+def input_names(q: QuantizedModel) -> list[str]:
+    """The names under which the model's tensors enter an exported file."""
+    nodes = [n for n in q.graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    return [str(node.target) for node in nodes]
+
+
+class _Comparison:
+    """Differences summed over batches."""
+
+    def __init__(self, q: QuantizedModel, runtime: Engine) -> None:
+        self.q, self.runtime = q, runtime
+        self.names = input_names(q)
+        self.samples = 0
+        self._file: list[list[Tensor]] = []
+        self._integer: list[list[Tensor]] = []
+        self._simulation: list[list[Tensor]] = []
+
+    def add(self, batch: Arguments, executor: Any) -> None:
+        """Run one batch through all three."""
+        args, kwargs = batch
+        self._integer.append(_leaves(executor(*args, **kwargs)))
+        self._simulation.append(_leaves(self.q(*args, **kwargs)))
+        feeds = feeds_for(self.runtime, flat_inputs(batch), self.names)
+        self._file.append([torch.from_numpy(np.asarray(array)) for array in self.runtime.run(feeds)])
+        self.samples += sample_count(batch)
+
+    def outputs(self) -> list[OutputComparison]:
+        """One comparison per output."""
+        output = next(n for n in self.q.graph.graph.nodes if n.op == "output")
+        nodes = [n for n in torch.utils._pytree.tree_leaves(output.args[0]) if hasattr(n, "meta")]
+        names = self.runtime.outputs
+        if len(names) != len(self._simulation[0]):
+            raise VerificationError(f"the file has outputs {names}, the model {len(self._simulation[0])} of them")
+        return [self._compare(index, name, nodes[index]) for index, name in enumerate(names)]
+
+    def _compare(self, index: int, name: str, node: Any) -> OutputComparison:
+        file, integer, simulation = (
+            torch.cat([batch[index].flatten().double() for batch in stream])
+            for stream in (self._file, self._integer, self._simulation)
+        )
+        if file.shape != simulation.shape:
+            raise VerificationError(f"output {name!r} of the file has another size than the model's")
+        quantizer = quantizer_of(node)
+        grid = quantizer.grid if quantizer is not None else None
+        if grid is not None and isinstance(grid.format, IntFormat):
+            lsb = float(grid.scale)
+        else:
+            lsb = float(simulation.max() - simulation.min()) / 255 or 1.0
+        return compare_output(name, lsb, file, integer, simulation)
+
+    def top1(self) -> float | None:
+        """Agreement of the largest score, where the first output is a table of scores."""
+        if any(batch[0].ndim != 2 or batch[0].shape[1] < 2 for batch in self._simulation):
+            return None
+        same = [(f[0].argmax(1) == s[0].argmax(1)) for f, s in zip(self._file, self._simulation)]
+        return float(torch.cat(same).double().mean())
+
+
+def compare_output(name: str, lsb: float, file: Tensor, integer: Tensor, simulation: Tensor) -> OutputComparison:
+    """Differences of one output in LSBs."""
+    if not bool(file.isfinite().all()):
+        raise VerificationError(f"output {name!r} of the file holds NaN or infinite values")
+    against_integer, against_simulation = (file - integer).abs() / lsb, (file - simulation).abs() / lsb
+    return OutputComparison(
+        name=name, lsb=lsb, elements=file.numel(),
+        max_file_vs_integer=float(against_integer.max()), mean_file_vs_integer=float(against_integer.mean()),
+        max_file_vs_simulation=float(against_simulation.max()),
+        mean_file_vs_simulation=float(against_simulation.mean()),
+        max_integer_vs_simulation=float(((integer - simulation).abs() / lsb).max()),
+        equal_fraction=float((file == integer).double().mean()),
+    )  # fmt: skip
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    return [leaf.detach().cpu() for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file with its external data."""
+    external = path.with_name(path.name + ".data")
+    return path.stat().st_size + (external.stat().st_size if external.is_file() else 0)
+
+
+def float_bytes(q: QuantizedModel) -> int:
+    """Bytes of the float parameters, each counted once."""
+    unique = {id(p): p.numel() * p.element_size() for p in q.graph.parameters()}
+    return sum(unique.values())

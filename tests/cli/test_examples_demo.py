@@ -1,0 +1,26 @@
+"""The demo's scripts run as they are written."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "demo"
+
+
+def test_the_training_script_learns() -> None:
+    script = runpy.run_path(str(EXAMPLES / "train.py"))
+    script["train"].__globals__["EPOCHS"] = 2
+    from bitsmith.demo import digits
+
+    _, test = digits()
+    assert script["accuracy"](script["train"](), *test) > 50
+
+
+def test_the_main_job_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(EXAMPLES / "quantize.py"))
+    script["main"](str(tmp_path / "digits.onnx"))
+    assert (tmp_path / "digits.onnx").exists()
+    assert "deployed  top-1 9" in capsys.readouterr().out
