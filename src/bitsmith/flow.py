@@ -64,8 +64,9 @@ def quantize(
     clock.lap("place")
     channels_last(graph)
     log = calibrate(
-        graph, placed, batches, target, memory=parse_memory(memory), noise_samples=noise_samples, progress=progress
-    )
+        graph, placed, batches, target, memory=parse_memory(memory), noise_samples=noise_samples,
+        bias_correction="bias_correction" in recipe.steps, progress=progress,
+    )  # fmt: skip
     clock.lap("calibrate")
     if was_training:
         notes.insert(0, "the model was in train mode: it was quantized in eval mode, and its mode was restored")

@@ -13,7 +13,7 @@ from .errors import RecipeError
 from .grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
 
 PlacementName = Literal["runtime", "fx", "layerwise", "flexml"]
-StepName = Literal["fold_batch_norm"]
+StepName = Literal["fold_batch_norm", "bias_correction"]
 
 
 class Override(BaseModel):
@@ -134,7 +134,7 @@ def bits_recipe(
         format=IntFormat(activation_bits, signed=symmetric),
         scale=scale,
         symmetric=symmetric,
-        range=RangeRule(name="percentile"),
+        range=RangeRule(name="percentile" if activation_bits <= 8 else "minmax"),
     )
     return Recipe(
         name=name or f"w{weight_bits}a{activation_bits}", weights=weights, activations=activations, **fields

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,19 @@ from .capture import capture, evaluation_mode
 from .capture.inputs import Arguments
 from .errors import CheckpointError
 from .files import atomic_write, prepare_output_dir, write_text
+from .flow import channels_last
 from .grid import Format, Grid, Quantizer
 from .model import QuantizedModel
 from .place.layers import QuantLayer
 from .place.place import Placed, place
 from .prepare import fold_batch_norm
-from .recipe import Recipe
+from .recipe import load_recipe
 from .report.model import Report
 from .targets import Target
 
 MANIFEST, STATE, RECIPE = "quantized.json", "quantized.safetensors", "recipe.yaml"
 _VERSION = 1
+_LARGEST_INPUT = 1 << 32  # bytes; more is no input but an attack on the memory
 _FORMAT: TypeAdapter[Format] = TypeAdapter(Format)
 
 
@@ -68,11 +73,11 @@ def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
     """
     folder = Path(folder)
     manifest, state = _read(folder)
-    recipe = Recipe.from_yaml((folder / RECIPE).read_text(encoding="utf-8"), source=str(folder / RECIPE))
+    recipe = load_recipe(folder / RECIPE)
     try:
         target = Target.model_validate(manifest["target"])
         report = Report.model_validate(manifest["report"])
-    except (KeyError, ValidationError) as error:
+    except ValidationError as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
     with evaluation_mode(model):
         graph = capture(model, _example_inputs(manifest))
@@ -80,6 +85,7 @@ def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
         fold_batch_norm(graph)
     placed = place(graph, recipe, target)
     _restore(graph, placed, manifest, state, folder)
+    channels_last(graph)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     return QuantizedModel(graph, recipe, target, report, inspect.signature(model.forward))
@@ -90,14 +96,20 @@ def _quantizers(graph: fx.GraphModule) -> list[tuple[str, Quantizer]]:
 
 
 def _unique_state(graph: fx.GraphModule) -> dict[str, Tensor]:
-    """Every tensor once, also where two calls share a layer."""
-    seen: set[int] = set()
+    """Every tensor once, also where two calls share a layer; but each Quantizer with a grid of its own."""
+    grids, seen = _grid_keys(graph), set[int]()
     state = {}
     for name, value in graph.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
+        if name in grids:
+            state[name] = value.detach().clone()
+        elif id(value) not in seen:
             seen.add(id(value))
             state[name] = value.detach()
     return state
+
+
+def _grid_keys(graph: fx.GraphModule) -> set[str]:
+    return {f"{name}.{part}" for name, _ in _quantizers(graph) for part in ("scale", "zero_point")}
 
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:
@@ -121,15 +133,34 @@ def _describe_inputs(graph: fx.GraphModule) -> dict[str, Any]:
 
 def _example_inputs(manifest: dict[str, Any]) -> Arguments:
     try:
-        spec = torch.utils._pytree.treespec_loads(manifest["inputs"]["structure"])
-        leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
-            for leaf in manifest["inputs"]["leaves"]
-        ]
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, spec)
-    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        leaves = [_example(leaf) for leaf in manifest["inputs"]["leaves"]]
+        _, structure = json.loads(manifest["inputs"]["structure"])
+        args, kwargs = _rebuild(structure, iter(leaves))
+        return tuple(args), dict(kwargs)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as error:
         raise CheckpointError(f"{MANIFEST} is damaged: its inputs cannot be read ({error})") from error
-    return tuple(args), dict(kwargs)
+
+
+def _example(leaf: dict[str, Any]) -> Any:
+    if "shape" not in leaf:
+        return leaf["value"]
+    dtype = getattr(torch, leaf["dtype"])
+    if math.prod(leaf["shape"]) * dtype.itemsize > _LARGEST_INPUT:
+        raise ValueError(f"an input of shape {leaf['shape']} is too large")
+    return torch.zeros(leaf["shape"], dtype=dtype)
+
+
+def _rebuild(node: dict[str, Any], leaves: Iterator[Any]) -> Any:
+    """The containers of a pytree; torch's own reader would import any module that the file names."""
+    if node["type"] is None:
+        return next(leaves)
+    children = [_rebuild(child, leaves) for child in node["children_spec"]]
+    if node["type"] in ("builtins.tuple", "builtins.list"):
+        return tuple(children) if node["type"] == "builtins.tuple" else children
+    if node["type"] in ("builtins.dict", "collections.OrderedDict"):
+        items = zip(json.loads(node["context"]), children, strict=True)
+        return dict(items) if node["type"] == "builtins.dict" else OrderedDict(items)
+    raise ValueError(f"inputs in a {node['type']} are not loaded")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -139,26 +170,27 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         state = load_file(folder / STATE)
-    except (ValueError, SafetensorError, OSError) as error:
+    except (ValueError, RecursionError, SafetensorError, OSError) as error:
         raise CheckpointError(f"the model in {folder} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:
         raise CheckpointError(f"{folder / MANIFEST} is not of version {_VERSION}: it was written by another Bitsmith")
+    if absent := [key for key in ("target", "inputs", "quantizers", "report") if not isinstance(manifest.get(key), dict)]:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {', '.join(absent)}")
     return manifest, state
 
 
 def _restore(
     graph: fx.GraphModule, placed: Placed, manifest: dict[str, Any], state: dict[str, Tensor], folder: Path
 ) -> None:
-    described = manifest["quantizers"]
     for name, quantizer in _quantizers(graph):
-        if f"{name}.scale" in state and name in described:
-            fmt = _FORMAT.validate_python(described[name]["format"])
-            zero = state.pop(f"{name}.zero_point", None)
-            quantizer.set_grid(Grid(fmt, state.pop(f"{name}.scale"), zero, described[name]["axis"]))
+        if f"{name}.scale" in state and name in manifest["quantizers"]:
+            scale, zero = state.pop(f"{name}.scale"), state.pop(f"{name}.zero_point", None)
+            quantizer.set_grid(_grid(manifest["quantizers"][name], scale, zero, name))
     for module in list(graph.modules()):  # a bias that was left in float has no grid
         if isinstance(module, QuantLayer) and module.bias_quantizer is not None and module.bias_quantizer.grid is None:
             module.bias_quantizer = None
-    own = {k: v for k, v in _unique_state(graph).items() if not k.endswith((".scale", ".zero_point"))}
+    grids = _grid_keys(graph)
+    own = {k: v for k, v in _unique_state(graph).items() if k not in grids}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     ungridded = [name for name, quantizer in _quantizers(graph) if quantizer.grid is None]
@@ -170,3 +202,15 @@ def _restore(
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(state[name])
+
+
+def _grid(described: dict[str, Any], scale: Tensor, zero_point: Tensor | None, name: str) -> Grid:
+    try:
+        fmt, axis = _FORMAT.validate_python(described["format"]), described["axis"]
+        if scale.dtype != torch.float32 or not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ValueError("its scale is not a positive float32")
+        if scale.ndim and not isinstance(axis, int):
+            raise ValueError("it has several scales and no axis")
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the grid of {name!r} in {MANIFEST} is damaged: {error}") from error
+    return Grid(fmt, scale, zero_point, axis)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +23,20 @@ from typer.testing import CliRunner
 
 import bitsmith.verify  # noqa: F401  (its attributes are replaced)
 from bitsmith.cli import app
-from bitsmith.demo import digits, digits_net
+from bitsmith.demo import digits, digits_net, one_thread
 from bitsmith.errors import CalibrationError
 from bitsmith.evaluate import job
 from bitsmith.evaluate.float_file import export_float_onnx
 from bitsmith.evaluate.latency import onnxruntime_session
 from bitsmith.report.model import Coverage, LayerReport, Report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests share their cores with others."""
+    with one_thread():
+        yield
+
 
 REPORT = Report(
     recipe="int8",

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bitsmith.demo import digits, one_thread
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "demo"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests share their cores with others."""
+    with one_thread():
+        yield
 
 
 def test_the_training_script_learns() -> None:
     script = runpy.run_path(str(EXAMPLES / "train.py"))
     script["train"].__globals__["EPOCHS"] = 2
-    from bitsmith.demo import digits
-
     _, test = digits()
     assert script["accuracy"](script["train"](), *test) > 50
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..capture.ops import quantizer_of
 from ..grid import Grid, IntFormat
@@ -21,7 +21,7 @@ def set_bias_grid(layer: QuantLayer, node: fx.Node | None) -> None:
     if inputs is None or weights is None or not _integers(inputs, weights) or weights.group_size is not None:
         layer.bias_quantizer = None
         return
-    scale = inputs.scale * weights.scale
+    scale = inputs.scale * _per_output(weights.scale, layer)
     fmt = layer.bias_quantizer.spec.format
     axis = 0 if scale.ndim else None
     layer.bias_quantizer.set_grid(Grid(fmt, scale, None, axis))
@@ -43,13 +43,21 @@ def _raise_tiny_scales(layer: QuantLayer, inputs: Grid) -> None:
     needed = (bias.detach().abs().double() / limit / inputs.scale.double()).float()
     if not weights.scale.ndim:
         needed = needed.max()
+    elif needed.numel() != weights.scale.numel():
+        needed = needed.view(-1, weights.scale.numel()).amax(0)
     if not bool((needed > weights.scale).any()):
         return
     scale = torch.maximum(weights.scale, needed)
     if layer.weight_quantizer.spec.scale == "po2":
         scale = torch.where(needed > weights.scale, torch.exp2(torch.ceil(torch.log2(scale))), scale)
     layer.weight_quantizer.set_grid(dataclasses.replace(weights, scale=scale))
-    layer.bias_quantizer.set_grid(dataclasses.replace(grid, scale=inputs.scale * scale))
+    layer.bias_quantizer.set_grid(dataclasses.replace(grid, scale=inputs.scale * _per_output(scale, layer)))
+
+
+def _per_output(scale: Tensor, layer: QuantLayer) -> Tensor:
+    """One scale per output channel: the groups of a transposed convolution share those of its weight's axis 1."""
+    bias = layer.bias
+    return scale if bias is None or not scale.ndim else scale.repeat(bias.numel() // scale.numel())
 
 
 def _integers(*grids: Grid) -> bool:

@@ -24,14 +24,15 @@ _MIN_CHUNK = 4
 
 def calibrate(
     graph: fx.GraphModule, placed: Placed, batches: list[Arguments], target: Target, *, memory: int,
-    noise_samples: int = 128, progress: Progress | None = None,
+    noise_samples: int = 128, bias_correction: bool = False, progress: Progress | None = None,
 ) -> WalkLog:  # fmt: skip
     """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
     set_weight_grids(placed)
     chunks = rechunk(graph, batches)
     return Walk(
-        graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples, progress=progress
-    ).run()
+        graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples,
+        bias_correction=bias_correction, progress=progress,
+    ).run()  # fmt: skip
 
 
 def set_weight_grids(placed: Placed) -> None:
@@ -85,7 +86,7 @@ def parse_memory(memory: str | int) -> int:
     """
     if isinstance(memory, int):
         return memory
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
     if match is None:
         raise CalibrationError(f"memory={memory!r} is not a size: write for example '2GB' or '512MiB'")
     number, unit, binary = match.groups()

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..capture.inputs import Arguments, sample_count
 from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, Quantizer, dequantize, quantize
 from ..grid.kernels import fake_quantize_
+from ..optimize import ChannelMean, correct_bias
 from ..place.macs import elements_of
 from ..place.place import ScaleGroup
 from ..ranges import activation_grid, activation_statistic
@@ -51,7 +52,7 @@ class Walk:
 
     def __init__(
         self, graph: fx.GraphModule, batches: list[Arguments], groups: list[ScaleGroup], target: Target, *,
-        memory: int, noise_samples: int = 128, progress: Progress | None = None,
+        memory: int, noise_samples: int = 128, bias_correction: bool = False, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.target, self.progress = graph, target, progress
         self.chunks = list(batches)
@@ -59,6 +60,7 @@ class Walk:
         self.quantized_chunks = _chunks_for(self.counts, noise_samples)
         self.stages = cut_into_stages(graph)
         self.group_of = {id(q): group for group in groups for q in group.members}
+        self.means = self._correctable() if bias_correction else {}
         self.grids: dict[int, Grid] = {}
         self.statistics: dict[int, Any] = {}
         self.store = Store(memory)
@@ -93,7 +95,9 @@ class Walk:
             leaves = torch.utils._pytree.tree_leaves(arguments)
             for node, value in zip(placeholders, leaves):
                 if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                    raise NonFiniteError(f"calibration input {node.name!r} (batch {chunk}) holds NaN or infinite values")
+                    raise NonFiniteError(
+                        f"calibration input {node.name!r} holds NaN or infinite values in {self._samples_of(chunk)}"
+                    )
                 self.store.put(("float", node.name, chunk), value)
                 if chunk < self.quantized_chunks:
                     self.store.put(("quantized", node.name, chunk), value)
@@ -120,7 +124,28 @@ class Walk:
                 self.store.put(("float", stage.end.name, chunk), value)
             self._release("float", [source.name for source in stage.inputs])
 
+    def _correctable(self) -> dict[fx.Node, dict[str, ChannelMean]]:
+        """Layers with a bias of their own, and the means of both streams at their output."""
+        layers = [(s.compute, s.layer) for s in self.stages if s.compute is not None and s.layer is not None]
+        owners = Counter(id(layer.layer) for _, layer in layers)
+        means = {}
+        for node, layer in layers:
+            if layer.bias is not None and owners[id(layer.layer)] == 1:
+                axis = -1 if isinstance(layer.layer, nn.Linear) else 1
+                means[node] = {"float": ChannelMean(axis), "quantized": ChannelMean(axis)}
+        return means
+
+    def _correct_bias(self, stage: Stage) -> None:
+        """One pass of the quantized stream for the mean error, before the pass whose result is kept."""
+        means = self.means.get(stage.compute) if stage.compute is not None else None
+        if means is None or stage.layer is None:
+            return
+        for chunk in range(self.quantized_chunks):
+            self._execute("quantized", stage, chunk)
+        correct_bias(stage.layer.layer, means["float"], means["quantized"])
+
     def _run_quantized(self, stage: Stage) -> None:
+        self._correct_bias(stage)
         noise = Noise() if stage.compute is not None else None
         for chunk in range(self.quantized_chunks):
             value = self._execute("quantized", stage, chunk)
@@ -142,10 +167,13 @@ class Walk:
         env = {source: self._read(stream, source, chunk) for source in stage.inputs}
         nodes = stage.nodes[:-1] if stage.quantizer is not None else stage.nodes
         value: Any = env[stage.inputs[0]] if stage.inputs and not nodes else None
-        if not nodes and isinstance(value, Tensor) and stream == "quantized":
-            value = value.clone()
+        borrowed = _storages(env)
         for node in nodes:
             value = env[node] = self._call(stream, node, env)
+            if node in self.means and chunk < self.quantized_chunks:
+                self.means[node][stream].update(value)
+        if stream == "quantized" and stage.quantizer is not None and borrowed & _storages({stage.end: value}):
+            value = value.clone()  # a view of what others still read: it is about to be quantized in place
         return value
 
     def _call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -185,9 +213,14 @@ class Walk:
             statistic.update(value)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"the output of {_name(stage)} holds NaN or infinite values in calibration batch {chunk}: look at the "
-                "float model on this batch; a division, a log or an overflow there makes them"
+                f"the output of {_name(stage)} holds NaN or infinite values in {self._samples_of(chunk)}: look at the "
+                "float model on these; a division, a log or an overflow there makes them"
             ) from error
+
+    def _samples_of(self, chunk: int) -> str:
+        """Where in the calibration set a chunk lies."""
+        first = sum(self.counts[:chunk])
+        return f"samples {first} to {first + self.counts[chunk] - 1} of the calibration set"
 
     def _fix_grid(self, quantizer: Quantizer, stage: Stage) -> None:
         group = self.group_of.get(id(quantizer))
@@ -230,6 +263,11 @@ class Walk:
             self._uses[stream][name] -= 1
             if self._uses[stream][name] == 0:
                 self.store.drop(stream, name, len(self.chunks))
+
+
+def _storages(values: dict[fx.Node, Any]) -> set[int]:
+    """The memory that tensors lie in."""
+    return {value.untyped_storage().data_ptr() for value in values.values() if isinstance(value, Tensor)}
 
 
 def _name(stage: Stage) -> str:

@@ -38,9 +38,10 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
 def batch_arguments(model: nn.Module, batch: Any, forward: ForwardFunction | None = None) -> Arguments:
     """Positional and keyword arguments of ``model`` for one batch.
 
-    A tensor is the only argument. Of a tuple or list the leading elements that forward requires are its inputs,
-    the rest (labels) is ignored. A mapping is taken by forward's parameter names. ``forward(model, batch)``
-    overrides all that: what it calls the model with is taken.
+    A tensor is the only argument. Of a tuple or list the leading elements that forward requires are its
+    inputs, the rest (labels) is ignored; ``forward(self, *xs)`` takes them all. A mapping is taken by the
+    parameter names of forward. ``forward(model, batch)`` overrides all that: what it calls the model with is
+    taken.
 
     >>> net = nn.Linear(4, 2)
     >>> args, kwargs = batch_arguments(net, (torch.zeros(3, 4), torch.zeros(3)))
@@ -52,8 +53,8 @@ def batch_arguments(model: nn.Module, batch: Any, forward: ForwardFunction | Non
         forward(recorder, batch)
         if len(recorder.calls) != 1:
             raise DataError(
-                f"the forward= function called the model {len(recorder.calls)} times for one batch; it must call it "
-                "exactly once, as model(...)"
+                f"the forward= function called the model {len(recorder.calls)} times for one batch; it must "
+                "call it exactly once, as model(...)"
             )
         args, kwargs = recorder.calls[0]
         return positional(inspect.signature(model.forward), args, kwargs)
@@ -64,9 +65,9 @@ def batch_arguments(model: nn.Module, batch: Any, forward: ForwardFunction | Non
     if isinstance(batch, tuple | list):
         return _leading(model, batch), {}
     raise DataError(
-        f"a batch of type {type(batch).__module__}.{type(batch).__qualname__} is not understood: give a tensor, a "
-        "tuple or list whose leading elements are the inputs, a dict by forward's parameter names, or pass "
-        "forward=lambda model, batch: ..."
+        f"a batch of type {type(batch).__module__}.{type(batch).__qualname__} is not understood: give a "
+        "tensor, a tuple or list whose leading elements are the inputs, a dict by forward's parameter names, "
+        "or pass forward=lambda model, batch: ..."
     )
 
 
@@ -97,13 +98,15 @@ def _by_name(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _leading(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = _parameters(model)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return tuple(batch)
     required = sum(p.kind in positional and p.default is p.empty for p in parameters)
     if not required:
         required = 1
     if len(batch) < required:
         raise DataError(
-            f"the batch holds {len(batch)} elements, but forward of {type(model).__name__} requires {required}: "
-            f"{[p.name for p in parameters][:required]}"
+            f"the batch holds {len(batch)} elements, but forward of {type(model).__name__} requires "
+            f"{required}: {[p.name for p in parameters][:required]}"
         )
     return tuple(batch[:required])
 
@@ -123,8 +126,8 @@ def read_batches(
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
         raise DataError(
-            f"calibration must be an iterable of batches, not {type(calibration).__name__}; a single tensor is "
-            "taken as one batch"
+            f"calibration must be an iterable of batches, not {type(calibration).__name__}; a single tensor "
+            "is taken as one batch"
         )
     batches = [batch_arguments(model, batch, forward) for batch in calibration]
     if not batches:

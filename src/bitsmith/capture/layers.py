@@ -75,8 +75,8 @@ def _conv(name: str, arguments: dict[str, Any], attribute: Attribute) -> Built |
 
     with torch.device("meta"):
         module = _CONV[name](
-            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), per_axis(arguments["stride"]),
-            per_axis(padding), per_axis(arguments["dilation"]), groups, bias is not None,
+            weight.shape[1] * groups, weight.shape[0], per_axis(weight.shape[2:]),
+            per_axis(arguments["stride"]), per_axis(padding), per_axis(arguments["dilation"]), groups, bias is not None,
         )  # fmt: skip
     _assign(module, weight=weight, bias=bias)
     return module, [arguments["input"]], [arguments["weight"], arguments["bias"]]
@@ -93,8 +93,8 @@ def _conv_transpose(name: str, arguments: dict[str, Any], attribute: Attribute) 
 
     with torch.device("meta"):
         module = _CONV_TRANSPOSE[name](
-            weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]), per_axis(arguments["stride"]),
-            per_axis(arguments["padding"]), per_axis(arguments["output_padding"]), groups, bias is not None,
+            weight.shape[0], weight.shape[1] * groups, per_axis(weight.shape[2:]),
+            per_axis(arguments["stride"]), per_axis(arguments["padding"]), per_axis(arguments["output_padding"]), groups, bias is not None,
             per_axis(arguments["dilation"]),
         )  # fmt: skip
     _assign(module, weight=weight, bias=bias)
@@ -109,6 +109,25 @@ def _linear(name: str, arguments: dict[str, Any], attribute: Attribute) -> Built
         module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     _assign(module, weight=weight, bias=bias)
     return module, [arguments["input"]], [arguments["weight"], arguments["bias"]]
+
+
+_PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
+
+
+def _product(name: str, arguments: dict[str, Any], attribute: Attribute) -> Built | None:
+    """``x @ w + b`` with a constant matrix is a linear layer whose weight is stored the other way round."""
+    left, right = (arguments[key] for key in _PRODUCTS[name])
+    matrix, bias = attribute(right), attribute(arguments["self"]) if name == "addmm" else None
+    if matrix is None or matrix.ndim != 2 or attribute(left) is not None or left.meta["val"].ndim < 2:
+        return None
+    if name == "addmm":
+        plain = (arguments["beta"], arguments["alpha"]) == (1, 1)
+        if not plain or bias is None or bias.shape != matrix.shape[1:]:
+            return None
+    with torch.device("meta"):
+        module = nn.Linear(matrix.shape[0], matrix.shape[1], bias is not None)
+    _assign(module, weight=matrix.t().contiguous(), bias=bias)
+    return module, [left], [right, arguments["self"] if bias is not None else None]
 
 
 def _batch_norm(name: str, arguments: dict[str, Any], attribute: Attribute) -> Built | None:
@@ -163,6 +182,7 @@ _BUILDERS: list[tuple[set[str], Callable[[str, dict[str, Any], Attribute], Built
     (set(_CONV), _conv),
     (set(_CONV_TRANSPOSE), _conv_transpose),
     ({"linear"}, _linear),
+    (set(_PRODUCTS), _product),
     ({"batch_norm"}, _batch_norm),
     ({"layer_norm"}, _layer_norm),
     ({"group_norm"}, _group_norm),

@@ -19,9 +19,10 @@ from ..place.layers import QuantLayer
 class Op:
     """One kind of operator.
 
-    ``role``: ``compute`` (multiply-accumulates), ``rescale`` (its kernel rescales between input and output grids),
-    ``move`` (moves elements, codes stay what they are), ``activation`` (fuses into what is before it) or ``float``.
-    ``sign``: ``non_negative`` (the output never is below 0), ``keeps`` (non-negative where all inputs are) or ``any``.
+    ``role``: ``compute`` (multiply-accumulates), ``rescale`` (its kernel rescales between input and output
+    grids), ``move`` (moves elements, codes stay what they are), ``activation`` (fuses into what is before it)
+    or ``float``. ``sign``: ``non_negative`` (the output never is below 0), ``keeps`` (non-negative where all
+    inputs are) or ``any``.
     """
 
     name: str
@@ -60,15 +61,17 @@ _OPS: dict[str, Op] = {
 # ATen packet name -> operator. What is missing here is a float operator.
 _ATEN: dict[str, str] = {
     "conv1d": "conv", "conv2d": "conv", "conv3d": "conv", "linear": "linear",
-    "conv_transpose1d": "conv_transpose", "conv_transpose2d": "conv_transpose", "conv_transpose3d": "conv_transpose",
+    "conv_transpose1d": "conv_transpose", "conv_transpose2d": "conv_transpose",
+    "conv_transpose3d": "conv_transpose",
     "matmul": "matmul", "bmm": "matmul", "add": "add", "mul": "mul", "cat": "cat", "concat": "cat",
     "avg_pool1d": "avg_pool", "avg_pool2d": "avg_pool", "avg_pool3d": "avg_pool",
     "adaptive_avg_pool1d": "avg_pool", "adaptive_avg_pool2d": "avg_pool", "adaptive_avg_pool3d": "avg_pool",
     "leaky_relu": "leaky_relu", "sigmoid": "sigmoid", "softmax": "softmax", "_softmax": "softmax",
     "relu": "relu", "hardtanh": "clamp", "relu6": "clamp", "clamp": "clamp", "clamp_min": "clamp",
     "max_pool1d": "max_pool", "max_pool2d": "max_pool", "max_pool3d": "max_pool",
-    "view": "reshape", "reshape": "reshape", "flatten": "reshape", "unflatten": "reshape", "squeeze": "reshape",
-    "unsqueeze": "reshape", "expand": "reshape", "pixel_shuffle": "transpose", "channel_shuffle": "transpose",
+    "view": "reshape", "reshape": "reshape", "flatten": "reshape", "unflatten": "reshape",
+    "squeeze": "reshape", "unsqueeze": "reshape", "expand": "reshape", "pixel_shuffle": "transpose",
+    "channel_shuffle": "transpose",
     "permute": "transpose", "transpose": "transpose", "t": "transpose", "repeat": "reshape",
     "slice": "slice", "select": "slice", "split": "slice", "split_with_sizes": "slice", "chunk": "slice",
     "unbind": "slice", "narrow": "slice", "index_select": "slice", "pad": "pad", "constant_pad_nd": "pad",

@@ -22,7 +22,7 @@ def demo(
     latency: o.Latency = True,
 ) -> None:
     """Run the whole job on a small digits network."""
-    from ..demo import digits, digits_net
+    from ..demo import digits, digits_net, one_thread
     from ..evaluate import ArrayData
     from ..evaluate.job import Job, JobSettings, run_job
 
@@ -35,4 +35,6 @@ def demo(
         show_progress=None,
         say=say,
     )
-    finish(run_job(job, output))
+    with one_thread():
+        result = run_job(job, output)
+    finish(result)

@@ -21,20 +21,16 @@ def verify(
 
     Exit status 3 when it does not compute the same.
     """
-    from ..report.render import certificate_lines, certificate_table
+    from ..report.render import certificate_line, certificate_table
     from ..verify import verify_folder
 
     certificate = verify_folder(folder)
-    data = {
-        **certificate.model_dump(mode="json"),
-        "passed": certificate.passed,
-        "verdict": certificate.verdict,
-    }
+    data = certificate.model_dump(mode="json")
     if as_json:
         typer.echo(json.dumps(data, indent=2))
     else:
         console = Console()
-        console.print(certificate_table(data), *certificate_lines(data), sep="\n")
+        console.print(certificate_table(data), certificate_line(data), sep="\n")
     if not certificate.passed:
         raise typer.Exit(NOT_CERTIFIED)
 

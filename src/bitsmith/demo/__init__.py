@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from ..errors import MissingExtraError
 from .net import DigitsNet
 
-__all__ = ["WEIGHTS", "DigitsNet", "digits", "digits_net"]
+__all__ = ["WEIGHTS", "DigitsNet", "digits", "digits_net", "one_thread"]
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 TRAIN_SAMPLES = 1000
@@ -42,3 +44,18 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     train, test = order[:TRAIN_SAMPLES], order[TRAIN_SAMPLES:]
     return (x[train], y[train]), (x[test], y[test])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread for a while.
+
+    Layers this small gain nothing from more, and lose a hundredfold where other programs use the cores: each
+    layer then waits for a thread that does not get its turn.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -34,7 +34,7 @@ class DigitsNet(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 80) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

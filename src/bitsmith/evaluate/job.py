@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -49,16 +50,17 @@ class JobSettings(BaseModel):
     opset: int | None = None
     memory: str = "4GB"
     latency: bool = True
-    latency_seconds: float = Field(default=3.0, gt=0)
+    latency_seconds: float = Field(default=4.0, gt=0)
+    latency_batches: tuple[int, ...] = (1, 8)
 
 
 class JobResult(BaseModel):
     """All numbers of one job; ``report.json`` is this, and its keys are part of Bitsmith's interface.
 
     ``report``: what was done, layer by layer. ``metrics``: ``float``, ``simulated`` and ``deployed`` (the
-    file in onnxruntime). ``certificate``: the file against simulation and integer executor. ``latency``:
-    ``float`` and ``quantized`` file, batch 1. ``sizes``: bytes of both. ``files``: what the folder holds.
-    ``job``: settings, data, torch's threads. ``notes``: what the reader should know.
+    file in its runtime). ``certificate``: the file against simulation and integer executor. ``latency``: by
+    batch size, of the ``float`` and the ``quantized`` file. ``sizes``: bytes of both. ``files``: what the
+    folder holds. ``job``: settings, data, torch's threads. ``notes``: what the reader should know.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +68,7 @@ class JobResult(BaseModel):
     report: Report
     metrics: dict[str, Metrics] = {}
     certificate: dict[str, Any] | None = None
-    latency: dict[str, Latency] = {}
+    latency: dict[str, dict[str, Latency]] = {}
     sizes: dict[str, int] = {}
     files: dict[str, str] = {}
     job: dict[str, Any] = {}
@@ -132,7 +134,7 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         _weigh(job, folder, inputs, result)
         final = Path(output)
         names = [*sorted(entry.name for entry in folder.iterdir()), REPORT_FILE]
-        result.files = {_role(name): str(final / name) for name in names}
+        result.files = {name: str(final / name) for name in names}
         write_text(folder / REPORT_FILE, result.model_dump_json(indent=2) + "\n")
     return result
 
@@ -195,10 +197,10 @@ def _certify(quantized: Any, folder: Path, batches: list[tuple[Any, ...]]) -> di
     return certificate.model_dump(mode="json")
 
 
-def _engine(target: str) -> str:
+def _engine(target: str) -> Literal["onnxruntime", "openvino"]:
     """What runs the ONNX file: the target's own engine where that reads such files."""
     engine = get_target(target).engine
-    return engine if engine in ("onnxruntime", "openvino") else "onnxruntime"
+    return "openvino" if engine == "openvino" else "onnxruntime"
 
 
 def _weigh(job: Job, folder: Path, inputs: tuple[Any, ...], result: JobResult) -> None:
@@ -210,25 +212,32 @@ def _weigh(job: Job, folder: Path, inputs: tuple[Any, ...], result: JobResult) -
             export_float_onnx(job.model, inputs, float_file)
             result.sizes["float"] = _size(float_file)
             if job.settings.latency:
-                job.say("measuring latency of both files, batch 1")
-                result.latency = _latency(
-                    float_file, folder / MODEL_FILE, inputs, job.settings.latency_seconds
-                )
+                job.say("measuring latency of both files")
+                result.latency = _latency(float_file, folder / MODEL_FILE, inputs, job.settings)
         except (ExportError, VerificationError) as error:
             result.notes.append(str(error))
 
 
 def _latency(
-    float_file: Path, quantized: Path, inputs: tuple[Any, ...], seconds: float
-) -> dict[str, Latency]:
-    runners = {}
-    for name, path in (("float", float_file), ("quantized", quantized)):
-        session = onnxruntime_session(path, torch.get_num_threads())
-        one = [value[:1].numpy() for value in inputs]
-        if session.get_inputs()[0].shape[0] == len(inputs[0]):  # the batch dimension is fixed
-            one = [value.numpy() for value in inputs]
-        runners[name] = onnxruntime_runner(session, dict(zip((i.name for i in session.get_inputs()), one)))
-    return interleaved_latency(runners, seconds=seconds)
+    float_file: Path, quantized: Path, inputs: tuple[Any, ...], settings: JobSettings
+) -> dict[str, dict[str, Latency]]:
+    """Times of both files for each batch size; where a file fixes its batch, for that one only."""
+    threads = torch.get_num_threads()
+    sessions = {"float": onnxruntime_session(float_file, threads)}
+    sessions["quantized"] = onnxruntime_session(quantized, threads)
+    fixed = [s.get_inputs()[0].shape[0] for s in sessions.values()]
+    sizes = next(((size,) for size in fixed if isinstance(size, int)), settings.latency_batches)
+    found = {}
+    for size in sizes:
+        arrays = [
+            np.ascontiguousarray(np.resize(value.numpy(), (size, *value.shape[1:]))) for value in inputs
+        ]
+        runners = {}
+        for name, session in sessions.items():
+            names = [entry.name for entry in session.get_inputs()]
+            runners[name] = onnxruntime_runner(session, dict(zip(names, arrays)))
+        found[str(size)] = interleaved_latency(runners, seconds=settings.latency_seconds / len(sizes))
+    return found
 
 
 def _sample_inputs(data: Data) -> list[tuple[Any, ...]]:
@@ -249,11 +258,6 @@ def _sample_inputs(data: Data) -> list[tuple[Any, ...]]:
 def _size(path: Path) -> int:
     """Bytes of an ONNX file with its external data, if any."""
     return sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
-
-
-def _role(name: str) -> str:
-    roles = {MODEL_FILE: "model", RECIPE_FILE: "recipe", REPORT_FILE: "report"}
-    return roles.get(name, Path(name).stem)
 
 
 def _circumstances(job: Job) -> dict[str, Any]:

@@ -43,6 +43,12 @@ def product_dtype(carrier: Carrier, bound: int, device: torch.device | str = "cp
     return torch.float32 if exact_in_float32 else torch.float64
 
 
+def has_int32_kernel(layer: nn.Module) -> bool:
+    """Whether torch sums this layer's products in int32; transposed and dilated convolutions only in int64."""
+    dilated = any(step > 1 for step in getattr(layer, "dilation", ()))
+    return type(layer) not in _CONV_TRANSPOSE and not dilated
+
+
 def layer_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The layer's own sum of products as a function of (centred input, centred weight), without bias."""
     kind: Any = type(layer)

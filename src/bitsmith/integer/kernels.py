@@ -14,9 +14,10 @@ from ..grid import Grid, quantize
 from ..place.layers import QuantLayer
 from ..place.plan import operands
 from . import laws
-from .accumulate import Carrier, accumulator_bound, layer_function, product_dtype, to_float32
+from .accumulate import Carrier, accumulator_bound, has_int32_kernel, layer_function, product_dtype, to_float32
 
 Run = Callable[[dict[fx.Node, Any]], Tensor]
+_DEEPEST = 1 << 20  # products per output of a matmul whose depth is known at run time only
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -
         bias = quantize(layer.bias.detach(), layer.bias_quantizer.require_grid())
     bound = accumulator_bound(codes, laws.largest_code(source), bias, 1 if transposed else 0)
     dtype = product_dtype(carrier, bound, codes.device)
+    if dtype == torch.int32 and not has_int32_kernel(layer.layer):
+        dtype = torch.int64
     weight = codes.to(dtype)
     if weight.ndim == 4 and dtype.is_floating_point:
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -107,7 +110,7 @@ def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -
 
 def _matmul(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Carrier) -> Run:
     a, b = operands(node)
-    depth = int(a.meta["val"].shape[-1]) if isinstance(a.meta["val"].shape[-1], int) else 4096
+    depth = int(a.meta["val"].shape[-1]) if isinstance(a.meta["val"].shape[-1], int) else _DEEPEST
     bound = depth * laws.largest_code(inputs[0]) * laws.largest_code(inputs[1])
     dtype = product_dtype(carrier, bound)
     scale = inputs[0].scale * inputs[1].scale

@@ -75,24 +75,34 @@ def requantize(accumulator: Tensor, scale: Tensor, output: Grid, carrier: torch.
 
 
 def add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
-    """QLinearAdd: two fused multiply-adds in float32.
+    """QLinearAdd: two fused multiply-adds in float32, on stored codes.
 
-    t = fma(b, s_b / s_c, z_c - (s_a / s_c * z_a + s_b / s_c * z_b)), then rint(fma(a, s_a / s_c, t)).
+    t = fma(b, s_b / s_c, z_c - fma(s_a / s_c, z_a, s_b / s_c * z_b)), then rint(fma(a, s_a / s_c, t)). Where ``a`` is
+    one number along the innermost axis, the kernel takes ``b`` first.
     """
+    if _is_scalar_inside(a.shape, b.shape):
+        a, b, grid_a, grid_b = b, a, grid_b, grid_a
     ratio_a, ratio_b = (grid_a.scale / output.scale).double(), (grid_b.scale / output.scale).double()
     z_a, z_b, z_c = zero_point(grid_a), zero_point(grid_b), zero_point(output)
-    offset = (ratio_a * z_a).float() + (ratio_b * z_b).float()
-    constant = (torch.tensor(float(z_c), device=a.device) - offset).double()
+    offset = (ratio_a * z_a + (ratio_b * z_b).float().double()).float()
+    constant = (z_c - offset).double()
     inner = torch.add(b.double(), z_b).mul_(ratio_b).add_(constant).float()
     total = (torch.add(a.double(), z_a).mul_(ratio_a) + inner.double()).float()
     return round_to(total.round_().sub_(z_c), output, carrier)
 
 
+def _is_scalar_inside(a: torch.Size, b: torch.Size) -> bool:
+    """Whether the innermost axis that is not 1 in both shapes is 1 in ``a``."""
+    for size_a, size_b in zip(reversed(a), reversed(b)):
+        if size_a != 1 or size_b != 1:
+            return size_a == 1
+    return len(a) < len(b)
+
+
 def multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
-    """QLinearMul: rint(fma(a * b, float32(float32(s_a * s_b) / s_c), z_c)): ties fall after the zero point is added."""
-    ratio = multiplier(grid_a.scale * grid_b.scale, output).double()
-    z_c = zero_point(output)
-    total = (a.double() * b.double()).mul_(ratio).add_(z_c).float()
+    """QLinearMul: rint(float32(a * b) * float32(float32(s_a * s_b) / s_c) + z_c), each step rounded to float32."""
+    ratio, z_c = multiplier(grid_a.scale * grid_b.scale, output), zero_point(output)
+    total = (a.float() * b.float()).mul_(ratio).add_(z_c)
     return round_to(total.round_().sub_(z_c), output, carrier)
 
 

@@ -132,22 +132,23 @@ class Program:
                 return False
         return True
 
-    def _runs_in_integers(self, source: fx.Node, coded: dict[fx.Node, Grid], output: Grid | None) -> bool:
+    def _runs_in_integers(self, source: fx.Node, coded: dict[fx.Node, Grid], *outputs: Grid) -> bool:
         op = op_of(source)
-        if op.role not in ("compute", "rescale"):
+        if op.role not in ("compute", "rescale") or not _is_integer_layer(source):
             return False
         inputs = [coded.get(node) for node in operands(source)]
         layer = module_of(source)
-        if isinstance(layer, QuantLayer):
-            inputs.append(layer.weight_quantizer.grid if layer.weight_quantizer is not None else None)
-            if layer.bias is not None and layer.bias_quantizer is None:
-                return False
-        elif source.op == "call_module":
-            return False
-        if output is not None:
-            inputs.append(output)
-        grouped = any(grid is not None and grid.group_size is not None for grid in inputs)
-        return not grouped and self.target.runs_in_integers(op.name, *inputs)
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+            inputs.append(layer.weight_quantizer.grid)
+        return self.target.runs_in_integers(op.name, *inputs, *outputs)
+
+    def _has_exact_product(self, node: fx.Node) -> bool:
+        """Whether a product that stays float has operands of 8 bits and less.
+
+        It is then summed exactly, as integers. A runtime that sums it in float comes to the same within rounding.
+        """
+        grids = [self.grids.get(source) for source in operands(node)]
+        return _is_integer_layer(node) and all(grid is not None and grid.format.bits <= 8 for grid in grids)
 
     def _quantizer_step(self, node: fx.Node) -> Step:
         quantizer = quantizer_of(node)
@@ -177,10 +178,11 @@ class Program:
 
     def _operator_step(self, node: fx.Node) -> Step:
         op = op_of(node)
-        coded = {n: quantizer_of(n).require_grid() for n in operands(node) if quantizer_of(n)} if node.args else {}  # type: ignore[union-attr]
-        if op.role == "compute" and op.name in self.target.float_output and self._runs_in_integers(node, coded, None):
-            kernel = self._kernel(node, None)
-            return Step(node, kernel.run, None, kernel.name)
+        if op.role == "compute":
+            integer = op.name in self.target.float_output and self._runs_in_integers(node, self.grids)
+            if integer or self._has_exact_product(node):
+                kernel = self._kernel(node, None)
+                return Step(node, kernel.run, None, kernel.name if integer else "float")
         if op.role == "move" and operands(node)[0] in self.grids and self._followed_by_itself(node):
             return Step(node, lambda env: self._call(node, env, codes=True), self.grids[operands(node)[0]], "codes")
         return Step(node, lambda env: self._call(node, env, codes=False))
@@ -194,14 +196,17 @@ class Program:
         )
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any], *, codes: bool) -> Any:
+        as_float = codes and op_of(node).name == "resize_nearest"  # torch resizes no int32; float32 holds the codes
+
         def read(n: fx.Node) -> Any:
-            return env[n] if codes else self.real(n, env)
+            return self.real(n, env) if not codes else env[n].float() if as_float else env[n]
 
         if node.op == "get_attr":
             return getattr(self.graph, str(node.target))
         args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
         if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            return result.to(self.code_dtype) if as_float else result
         return self.graph.get_submodule(str(node.target))(*args, **kwargs)
 
     def _mark_last_uses(self) -> None:
@@ -215,6 +220,18 @@ class Program:
             last.pop(node, None)
         for node, step in last.items():
             step.last_use_of = (*step.last_use_of, node)
+
+
+def _is_integer_layer(node: fx.Node) -> bool:
+    """Whether weight and bias of a layer are integers (true for what has none)."""
+    if node.op != "call_module":
+        return True
+    layer = module_of(node)
+    if not isinstance(layer, QuantLayer) or layer.weight_quantizer is None:
+        return False
+    grid = layer.weight_quantizer.grid
+    has_integer_bias = layer.bias is None or layer.bias_quantizer is not None
+    return grid is not None and isinstance(grid.format, IntFormat) and grid.group_size is None and has_integer_bias
 
 
 def codes_of(value: Tensor, grid: Grid) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,12 +10,12 @@ from torch import fx, nn
 
 from ..capture.ops import layer_of, op_of, quantizer_of
 from ..errors import PlacementError, UnsupportedOperatorError
-from ..grid import Quantizer, TensorSpec
+from ..grid import FloatFormat, Quantizer, TensorSpec
 from ..recipe import Override, Recipe
 from ..targets import Target
 from .layers import QuantLayer
 from .macs import macs_of
-from .plan import POLICIES, Plan, Planner, is_non_negative, operands, origin
+from .plan import POLICIES, Plan, Planner, Policy, is_non_negative, operands, origin
 
 Position = Literal["first", "middle", "last", "only"]
 
@@ -47,7 +47,7 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     compute = [node for node in graph.graph.nodes if op_of(node).role == "compute"]
     overrides = _match_overrides(compute, recipe)
     excluded = {node for node, matched in overrides.items() if any(o.exclude for o in matched)}
-    plan = Planner(graph, POLICIES[recipe.placement], target, excluded).plan()
+    plan = Planner(graph, _policy(recipe), target, excluded).plan()
     _check_plan(graph, plan, compute, recipe)
     specs = _activation_specs(plan, overrides, recipe)
     values = _insert_values(graph, plan, specs) if recipe.activations else {}
@@ -63,6 +63,17 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     if floats:
         placed.notes.append(f"runs in float (no static integer form): {', '.join(floats)}")
     return placed
+
+
+def _policy(recipe: Recipe) -> Policy:
+    """The placement's rules; small floats are quantized only where they are multiplied.
+
+    An add of floats aligns exponents anyway, so nothing is gained by quantizing its operands.
+    """
+    policy = POLICIES[recipe.placement]
+    if recipe.activations is not None and isinstance(recipe.activations.format, FloatFormat):
+        return replace(policy, rescaling=False, shared=False, float_outputs=True)
+    return policy
 
 
 def layer_name(node: fx.Node) -> str:
@@ -207,6 +218,8 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
         weights, bias = override.weights or weights, override.bias or bias
     module = graph.get_submodule(str(node.target))
     layer = module.layer if isinstance(module, QuantLayer) else module
+    if "bias_correction" in recipe.steps and getattr(layer, "bias", None) is None:
+        layer.bias = nn.Parameter(torch.zeros(_channels(layer)), requires_grad=False)
     weight_quantizer = Quantizer(weights) if weights else None
     quantized_input = quantizer_of(node.args[0]) is not None and weights is not None
     has_bias = getattr(layer, "bias", None) is not None
@@ -224,6 +237,12 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
     else:
         parent, _, leaf = str(node.target).rpartition(".")
         setattr(graph.get_submodule(parent), leaf, wrapped)
+
+
+def _channels(layer: nn.Module) -> int:
+    channels = getattr(layer, "out_channels", None) or layer.out_features
+    assert isinstance(channels, int)
+    return channels
 
 
 def _merge_groups(plan: Plan, values: dict[fx.Node, Quantizer]) -> list[ScaleGroup]:

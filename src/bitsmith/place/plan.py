@@ -16,13 +16,15 @@ class Policy:
 
     ``rescaling``: adds, concats and pools between quantized tensors are quantized too; ``shared``: operands of an
     add or concat share their scale; ``own_inputs``: every compute layer quantizes its own inputs and nothing else
-    is; ``everything``: float outputs and float activations are quantized as well, for devices without float units.
+    is; ``everything``: float outputs and float activations are quantized as well, for devices without float units;
+    ``float_outputs``: layers hand on floats, also where the target's integer kernels would not.
     """
 
     rescaling: bool = True
     shared: bool = False
     own_inputs: bool = False
     everything: bool = False
+    float_outputs: bool = False
 
 
 POLICIES: dict[str, Policy] = {
@@ -93,7 +95,8 @@ class Planner:
                 for source in map(origin, operands(node)):
                     plan.values.setdefault(source)
                 if self.policy.shared and op.name in ("add", "cat"):
-                    plan.groups.append((op.name, [origin(source) for source in operands(node)]))
+                    result = [node] if op.name == "cat" else []  # what a concat puts together keeps its codes
+                    plan.groups.append((op.name, [*map(origin, operands(node)), *result]))
         if self.policy.everything:
             self._plan_outputs(plan)
         return plan
@@ -110,7 +113,8 @@ class Planner:
                 plan.edges.append((source, node))
             else:
                 plan.values.setdefault(origin(source))
-        if not self.policy.own_inputs and op.name not in self.target.float_output:
+        hands_on_floats = self.policy.own_inputs or self.policy.float_outputs or op.name in self.target.float_output
+        if not hands_on_floats:
             plan.values.setdefault(fused_end(node))
 
     @staticmethod

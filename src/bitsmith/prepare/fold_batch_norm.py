@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.ops import module_of
+from ..capture.ops import aten_name, module_of, op_of
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -17,9 +18,9 @@ _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
     """Fold every batch norm that has a layer to go into, in place; returns a line for each.
 
-    With y = (x - mean) / sqrt(var + eps) * gamma + beta a norm after a layer scales its output channels; a norm
-    before a layer scales its input channels, which is exact unless the layer pads with zeros (the zeros would have
-    been normalized too). A layer that is called elsewhere as well is copied first.
+    With y = (x - mean) / sqrt(var + eps) * gamma + beta a norm after a layer scales its output channels; a
+    norm before a layer scales its input channels, which is exact unless the layer pads with zeros (the zeros
+    would have been normalized too). A layer that is called elsewhere as well is copied first.
     """
     log = []
     for node in list(graph.graph.nodes):
@@ -34,7 +35,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
     return log
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and offset per channel, in float64."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = torch.rsqrt(variance + norm.eps)
@@ -46,9 +47,9 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, offset
 
 
-def _own_layer(graph: fx.GraphModule, node: fx.Node) -> nn.Module:
+def _own_layer(graph: fx.GraphModule, node: fx.Node) -> Any:
     """The layer of this call alone: a copy where other calls share it."""
-    layer = graph.get_submodule(str(node.target))
+    layer: Any = graph.get_submodule(str(node.target))
     calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == node.target]
     if len(calls) > 1:
         name = f"{node.target}_{calls.index(node)}"
@@ -65,14 +66,9 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> 
 
 def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
     """Layer, then norm: W' = scale * W, b' = scale * b + offset over output channels."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or len(source.users) != 1:
+    source = _layer_before(node)
+    if source is None:
         return None
-    before = module_of(source)
-    if not isinstance(before, (*_CONV, *_CONV_TRANSPOSE, nn.Linear)):
-        return None
-    if isinstance(before, nn.Linear) and source.meta["val"].ndim != 2:
-        return None  # the norm's channels are not the layer's features
     layer = _own_layer(graph, source)
     scale, offset = _affine(norm)
     weight = layer.weight.double()
@@ -83,9 +79,39 @@ def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | 
         weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
     bias = offset if layer.bias is None else layer.bias.double() * scale + offset
     _set(layer, weight, bias, layer.weight.dtype)
-    node.replace_all_uses_with(source)
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     graph.graph.erase_node(node)
     return str(source.target)
+
+
+def _layer_before(node: fx.Node) -> fx.Node | None:
+    """The layer whose output channels are the norm's, also behind reshapes that keep the features last."""
+    source = node.args[0]
+    flat = node.meta["val"].ndim == 2
+    while isinstance(source, fx.Node) and _has_one_reader(source):
+        before = module_of(source)
+        if isinstance(before, (*_CONV, *_CONV_TRANSPOSE)):
+            return source if source is node.args[0] else None
+        if isinstance(before, nn.Linear):
+            return source if flat else None  # else the norm's channels are not the layer's features
+        if op_of(source).name != "reshape" or not flat or not _keeps_last(source):
+            return None
+        source = source.args[0]
+    return None
+
+
+def _has_one_reader(node: fx.Node) -> bool:
+    """Whether one operator reads the values; others may read the shape, which no norm changes."""
+    return sum(not aten_name(user).startswith("sym_") for user in node.users) == 1
+
+
+def _keeps_last(node: fx.Node) -> bool:
+    """Whether a reshape leaves the last axis as it is."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    sizes = source.meta["val"].shape[-1], node.meta["val"].shape[-1]
+    return all(isinstance(size, int) for size in sizes) and sizes[0] == sizes[1]
 
 
 def _fold_before(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
@@ -112,7 +138,7 @@ def _fold_before(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str |
     if layer.bias is not None:
         bias = bias + layer.bias.double()
     _set(layer, weight, bias, layer.weight.dtype)
-    node.replace_all_uses_with(node.args[0])
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     graph.graph.erase_node(node)
     return str(user.target)
 

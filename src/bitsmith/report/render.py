@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 _NONE = "-"
 _NOTES = 10
+_CONTENTS = {
+    "model.onnx": "the quantized model, to deploy",
+    "recipe.yaml": "how it was quantized",
+    "report.json": "all numbers of this run",
+    "certificate.json": "the proof, and the file's checksum",
+    "evidence.safetensors": "samples for 'bitsmith verify'",
+    "quantized.json": "for bitsmith.load: formats and scales",
+    "quantized.safetensors": "for bitsmith.load: weights",
+}
 
 
 def layer_table(report: Report, *, weakest: int = 3, only_weakest: bool = False) -> RenderableType:
@@ -90,20 +99,17 @@ def summary_table(result: JobResult) -> Table:
     file_of = {"float": "float", "deployed": "quantized"}  # which file each column is about
     if sizes:
         table.add_row("file size", *(_size_cell(sizes, file_of.get(name)) for name in present))
-    if latency:
-        table.add_row("latency, batch 1", *(_latency_cell(latency, file_of.get(name)) for name in present))
+    for batch, times in latency.items():
+        cells = [_latency_cell(times, file_of.get(name)) for name in present]
+        table.add_row(f"latency, batch {batch}", *cells)
     return table
 
 
-def certificate_lines(certificate: Mapping[str, Any]) -> list[Text]:
-    """The verdict, and the measured differences on which it rests."""
-    passed = bool(certificate.get("passed"))
-    head = Text("certificate: ", style="bold")
-    head.append("passed" if passed else "FAILED", style="bold green" if passed else "bold red")
+def certificate_line(certificate: Mapping[str, Any]) -> Text:
+    """The verdict."""
     verdict = str(certificate.get("verdict", ""))
-    if verdict and verdict.lower() not in ("passed", "failed", "pass", "fail"):
-        head.append(f": {verdict}", style="")
-    return [head]
+    color = "green" if certificate.get("passed") else "bold red"
+    return Text("certificate: ", style="bold").append(verdict, style=f"not bold {color}")
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> Table:
@@ -114,7 +120,14 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     for key, value in certificate.items():
         if key in ("verdict", "passed") or value is None or value == [] or value == {}:
             continue
+        if key == "outputs":
+            continue
         table.add_row(key.replace("_", " "), escape(_plain(value)))
+    for output in certificate.get("outputs") or []:
+        numbers = [
+            f"{key.replace('_', ' ')} {_plain(value)}" for key, value in output.items() if key != "name"
+        ]
+        table.add_row("output", escape(f"{output.get('name')}: ") + ", ".join(numbers))
     return table
 
 
@@ -124,7 +137,7 @@ def result_view(result: JobResult, *, layers: bool = False) -> RenderableType:
     parts.append(summary_table(result))
     parts.append(Text(coverage_line(result.report)))
     if result.certificate is not None:
-        parts += certificate_lines(result.certificate)
+        parts.append(certificate_line(result.certificate))
     parts += [Text(f"note: {note}", style="yellow") for note in [*result.notes, *_all_notes(result.report)]]
     if result.files:
         parts += [Text(""), _files_table(result.files)]
@@ -269,10 +282,10 @@ def _latency_cell(latency: Mapping[str, Any], file: str | None) -> str:
 
 def _files_table(files: Mapping[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for role, path in files.items():
-        table.add_row(escape(role), escape(path))
+    table.add_column(style="bold", overflow="fold")
+    table.add_column()
+    for path in files.values():
+        table.add_row(escape(path), _CONTENTS.get(path.replace("\\", "/").rpartition("/")[2], ""))
     return table
 
 

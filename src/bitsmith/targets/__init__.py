@@ -70,7 +70,7 @@ def get_target(target: str | Target) -> Target:
 
 
 def list_targets() -> list[Target]:
-    """All targets."""
+    """All targets that Bitsmith knows, in the order in which they are listed."""
     return list(_TARGETS.values())
 
 

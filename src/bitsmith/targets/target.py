@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer
 
 from ..errors import RecipeError
 from ..grid import FloatFormat, Grid, IntFormat, TensorSpec
@@ -41,6 +41,11 @@ class Target(BaseModel):
     bias_bits: int = 32
     accumulator_bits: int = 32
     notes: tuple[str, ...] = ()
+
+    @field_serializer("integer_operators", "float_output", when_used="json")
+    def _in_order(self, names: frozenset[str]) -> list[str]:
+        """Sets in one order, so that the same model is saved as the same file."""
+        return sorted(names)
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that this target has no numbers for."""

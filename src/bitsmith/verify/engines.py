@@ -56,8 +56,8 @@ def _onnxruntime(path: Path, threads: int | None) -> Engine:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    if _holds_float8(path):  # its QDQ fusion takes float8 for integers and then refuses its own graph
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if _holds_float8(path):  # its QDQ fusions take float8 for integers and then refuse their own graph
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with TemporaryDirectory(prefix="bitsmith-ort-") as folder:
         optimized = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(optimized)
@@ -66,11 +66,15 @@ def _onnxruntime(path: Path, threads: int | None) -> Engine:
         except Exception as error:  # onnxruntime raises a family of its own, without a common base
             raise VerificationError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
         kernels = _node_types(optimized)
-    outputs = [o.name for o in session.get_outputs()]
-    return Engine(
-        "onnxruntime", ort.__version__, [i.name for i in session.get_inputs()], outputs,
-        lambda feeds: session.run(outputs, feeds), kernels,
-    )  # fmt: skip
+    inputs, outputs = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+
+    def run(feeds: dict[str, Array]) -> list[Array]:
+        try:
+            return list(session.run(outputs, feeds))
+        except Exception as error:
+            raise VerificationError(f"onnxruntime {ort.__version__} cannot run {path}: {error}") from error
+
+    return Engine("onnxruntime", ort.__version__, inputs, outputs, run, kernels)
 
 
 def _node_types(path: Path) -> Counter[str]:
@@ -85,7 +89,10 @@ def _holds_float8(path: Path) -> bool:
     import onnx
 
     names = {"FLOAT8E4M3FN", "FLOAT8E5M2"}
-    graph = onnx.load(str(path), load_external_data=False).graph
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's own DecodeError
+        raise VerificationError(f"{path} is not an ONNX file, or it is damaged: {error}") from error
     return any(onnx.TensorProto.DataType.Name(t.data_type) in names for t in graph.initializer)
 
 

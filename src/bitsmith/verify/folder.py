@@ -47,9 +47,13 @@ def verify_folder(folder: str | Path) -> Certificate:
     folder = Path(folder)
     recorded, tensors = _read(folder)
     path = folder / recorded.file
-    runtime = open_engine(path, "openvino" if recorded.engine == "openvino" else "onnxruntime")
+    if not path.is_file():
+        raise VerificationError(f"{path}, which the certificate is about, is not there: export it again")
     if file_digest(path) != recorded.sha256:
         raise VerificationError(f"{path} is not the file that was certified: its SHA-256 differs. Export it again")
+    runtime = open_engine(path, "openvino" if recorded.engine == "openvino" else "onnxruntime")
+    if len(runtime.outputs) != len(recorded.outputs):
+        raise VerificationError(f"{path} has {len(runtime.outputs)} outputs, its certificate {len(recorded.outputs)}")
     feeds = {name: np.ascontiguousarray(_tensor(tensors, f"input.{name}", folder).numpy()) for name in runtime.inputs}
     outputs = []
     for index, array in enumerate(runtime.run(feeds)):

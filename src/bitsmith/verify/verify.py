@@ -47,7 +47,7 @@ def _batches(q: QuantizedModel, inputs: Any) -> list[Arguments]:
     """A tensor, tuple or dict is one batch; any other iterable holds batches, whose labels are left out."""
     if isinstance(inputs, Tensor | tuple | Mapping):
         inputs = [inputs]
-    count = len(q.graph.graph._codegen.pytree_info.in_spec.children_specs[0].children_specs)  # type: ignore[attr-defined]
+    count = q.graph.graph._codegen.pytree_info.in_spec.child(0).num_children  # type: ignore[attr-defined]
     batches: list[Arguments] = []
     for batch in inputs:
         if isinstance(batch, Mapping):
@@ -147,8 +147,6 @@ class _Comparison:
             torch.cat([batch[index].flatten().double() for batch in stream])
             for stream in (self._file, self._integer, self._simulation)
         )
-        if file.shape != simulation.shape:
-            raise VerificationError(f"output {name!r} of the file has another size than the model's")
         quantizer = quantizer_of(node)
         grid = quantizer.grid if quantizer is not None else None
         if grid is not None and isinstance(grid.format, IntFormat):
@@ -167,6 +165,10 @@ class _Comparison:
 
 def compare_output(name: str, lsb: float, file: Tensor, integer: Tensor, simulation: Tensor) -> OutputComparison:
     """Differences of one output in LSBs."""
+    if not file.shape == integer.shape == simulation.shape:
+        raise VerificationError(
+            f"output {name!r} of the file has {file.numel()} elements, the model's {simulation.numel()}"
+        )
     if not bool(file.isfinite().all()):
         raise VerificationError(f"output {name!r} of the file holds NaN or infinite values")
     against_integer, against_simulation = (file - integer).abs() / lsb, (file - simulation).abs() / lsb

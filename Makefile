@@ -1,0 +1,49 @@
+# Everything is made inside .venv; nothing needs to be installed by hand except Python 3.11 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: demo test lint types unit bench bench-quick docs format clean
+
+demo: $(STAMP)
+	$(BIN)/bitsmith demo -o demo-out
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy --csv benchmarks/results/accuracy.csv
+	$(BIN)/python -m benchmarks.speed --csv benchmarks/results/speed.csv
+	$(BIN)/python -m benchmarks.kernels
+
+bench-quick: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy --quick --nets resnet20 dscnn_kws
+	$(BIN)/python -m benchmarks.speed
+
+docs: $(STAMP)
+	$(BIN)/python -m docs.build
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-out dist build
+
+# torch first and pinned: an open range would bring a CUDA build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

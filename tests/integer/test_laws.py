@@ -1,0 +1,108 @@
+"""Our laws of requantization give the codes that onnxruntime's integer kernels give: all of them, ties included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from law_cases import CARRIERS, LAWS, NEAR_MISSES, differing, draw_scales, grid_of, misses, read_golden
+from ort_kernels import Codes, run_kernel
+
+from bitsmith.grid import Grid, IntFormat, dequantize, quantize
+from bitsmith.integer import laws
+
+
+def has_vnni() -> bool:
+    with open("/proc/cpuinfo") as file:
+        return "vnni" in file.read()
+
+
+needs_vnni = pytest.mark.skipif(not has_vnni(), reason="without VNNI onnxruntime saturates u8 x s8 products in 16 bits")
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_laws_give_the_codes_that_onnxruntime_gave(name: str) -> None:
+    """Golden vectors, from onnxruntime 1.31 on AVX-512 VNNI."""
+    law, golden = LAWS[name], read_golden(name)
+    assert len(golden) >= 5
+    for case, expected in golden:
+        for carrier in CARRIERS.values():
+            assert differing(case, law, expected, carrier) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"), [(name, formula) for name, formulas in NEAR_MISSES.items() for formula in formulas]
+)
+def test_the_golden_vectors_tell_the_laws_from_near_misses(name: str, formula: str) -> None:
+    assert sum(misses(case, expected, NEAR_MISSES[name][formula]) for case, expected in read_golden(name)) > 0
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", range(5), ids=["any", "powers", "multiples", "255ths", "equal"])
+@pytest.mark.parametrize("name", LAWS)
+def test_laws_give_the_codes_that_onnxruntime_gives(name: str, kind: int) -> None:
+    law, rng = LAWS[name], np.random.default_rng(100 + kind)
+    for _ in range(6):
+        case = law.draw(rng, draw_scales(rng, kind))
+        expected, kernels = case.run(law.op)
+        assert law.kernel in kernels, f"onnxruntime ran {kernels} instead"
+        for carrier in CARRIERS.values():
+            assert differing(case, law, expected, carrier) == 0
+
+
+ALL_PAIRS = np.repeat(np.arange(256), 256).astype(np.uint8), np.tile(np.arange(256), 256).astype(np.uint8)
+
+
+@needs_vnni
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+def test_adds_and_products_agree_on_every_pair_of_codes(op: str, signed: bool) -> None:
+    rng, law = np.random.default_rng(7), laws.add if op == "Add" else laws.multiply
+    dtype, low = (np.int8, -128) if signed else (np.uint8, 0)
+    a, b = ((codes.astype(np.int32) + low).astype(dtype) for codes in ALL_PAIRS)
+    for kind in [0, 1, 2, 3, 4] * 3:
+        s = draw_scales(rng, kind)
+        base = float(s[0] * s[1]) * 64 if op == "Mul" else float(max(s[0], s[1]))
+        scale = float(np.float32(base * rng.choice([1.0, 2.0, 1.1, 3.0])))
+        zeros = [int(z) + low for z in rng.choice([0, 128, 255, 77], 3)]
+        x = Codes(a, float(s[0]), zeros[0]), Codes(b, float(s[1]), zeros[1])
+        expected, kernels = run_kernel(op, list(x), scale, zeros[2], dtype=dtype)
+        assert kernels == [f"QLinear{op}"]
+        grids = [grid_of(dtype, c.scale, c.zero) for c in x]
+        centred = [torch.from_numpy(c.codes.astype(np.float32) - c.zero) for c in x]
+        found = law(*centred, *grids, grid_of(dtype, scale, zeros[2]), torch.float32)  # type: ignore[arg-type]
+        assert bool((found.numpy() + zeros[2] == expected).all())
+
+
+def test_a_product_rounds_before_the_zero_point_is_added() -> None:
+    """9 / 720 is not a float32: a fused multiply-add, which rounds once, would put some ties on the other side."""
+    ratio = np.float32(np.float32(1.5) * np.float32(6.0)) / np.float32(720.0)
+    a, b = np.meshgrid(np.arange(256), np.arange(256) - 255)
+    two_steps = np.rint(np.float32(np.float32(a * b) * ratio) + np.float32(128))
+    one_step = np.rint((a * b * np.float64(ratio) + 128).astype(np.float32))
+    differ = (two_steps != one_step) & (two_steps >= 0) & (two_steps <= 255)
+    assert differ.any()
+    grids = grid_of(np.uint8, 1.5, 0), grid_of(np.uint8, 6.0, 255), grid_of(np.uint8, 720.0, 128)
+    found = laws.multiply(torch.from_numpy(a[differ]), torch.from_numpy(b[differ]), *grids, torch.int32) + 128
+    assert found.tolist() == two_steps[differ].tolist()
+
+
+def test_products_of_wide_codes_do_not_overflow() -> None:
+    """65,535 * 65,535 needs 33 bits: int32 would wrap."""
+    grid = Grid(IntFormat(16, signed=False), torch.tensor(1.0))
+    output = Grid(IntFormat(16, signed=False), torch.tensor(65535.0))
+    codes = torch.tensor([65535])
+    for carrier in CARRIERS.values():
+        found = laws.multiply(codes.to(carrier), codes.to(carrier), grid, grid, output, carrier)
+        assert found.item() == 65535
+
+
+def test_quantize_and_dequantize_are_those_of_the_grid() -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    grid = Grid(IntFormat(8, signed=False), torch.tensor(0.013), torch.tensor(77, dtype=torch.int32))
+    codes = quantize(x, grid)
+    centred = laws.quantize_centred(x.clone(), grid, torch.int32)
+    assert torch.equal(centred + 77, codes.int())
+    assert torch.equal(laws.dequantize_centred(centred, grid), dequantize(codes, grid))
+    assert laws.code_range(grid) == (-77, 178)
+    assert laws.largest_code(grid) == 178
