@@ -15,7 +15,9 @@ import bitsmith
 
 def fresh(code: str) -> str:
     """What a new interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -35,10 +37,14 @@ def test_public_names_are_classes_and_functions_with_a_docstring(name: str) -> N
 
 def test_public_names_stay_what_they_are_when_their_folders_are_imported() -> None:
     """``bitsmith.verify`` is a function and a folder."""
-    for first in ("import bitsmith.verify", "from bitsmith.verify import engines", "import bitsmith; bitsmith.verify"):
-        code = f"{first}\nimport bitsmith, bitsmith.export, bitsmith.targets, bitsmith.recipe\n" + (
-            "kinds = {n: type(getattr(bitsmith, n)).__name__ for n in bitsmith._PUBLIC}\n"
-            "import json; print(json.dumps(kinds))"
+    for first in (
+        "import bitsmith.verify",
+        "from bitsmith.verify import engines",
+        "import bitsmith; bitsmith.verify",
+    ):
+        code = (
+            f"{first}\nimport json, bitsmith, bitsmith.export, bitsmith.targets, bitsmith.recipe\n"
+            "print(json.dumps({n: type(getattr(bitsmith, n)).__name__ for n in bitsmith._PUBLIC}))"
         )
         kinds = json.loads(fresh(code))
         assert "module" not in kinds.values()
@@ -60,7 +66,17 @@ def test_quantizing_loads_no_exporter_and_no_runtime() -> None:
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     loaded = set(fresh(code).split())
-    assert not loaded & {"onnx", "onnxruntime", "onnxscript", "openvino", "typer", "rich", "PIL", "sklearn", "torchvision"}
+    assert not loaded & {
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "openvino",
+        "typer",
+        "rich",
+        "PIL",
+        "sklearn",
+        "torchvision",
+    }
 
 
 def test_a_name_that_is_none_says_so() -> None:

@@ -60,27 +60,42 @@ def test_activations_of_eight_bits_clip_the_last_of_a_hundred_thousand() -> None
 
 
 formats = st.one_of(
-    st.builds(IntFormat, bits=st.integers(2, 16), signed=st.booleans(), narrow=st.booleans()), st.just(FP8_E4M3)
+    st.builds(IntFormat, bits=st.integers(2, 16), signed=st.booleans(), narrow=st.booleans()),
+    st.just(FP8_E4M3),
 )
 specs = st.builds(
-    TensorSpec, format=formats, scale=st.sampled_from(["float32", "po2"]), granularity=st.sampled_from(["tensor", "channel"]),
-    range=st.builds(RangeRule, name=st.sampled_from(["minmax", "percentile", "mse"]), percentile=st.floats(90, 100)),
-)  # fmt: skip
+    TensorSpec,
+    format=formats,
+    scale=st.sampled_from(["float32", "po2"]),
+    granularity=st.sampled_from(["tensor", "channel"]),
+    range=st.builds(
+        RangeRule, name=st.sampled_from(["minmax", "percentile", "mse"]), percentile=st.floats(90, 100)
+    ),
+)
 activation_specs = specs.filter(lambda spec: spec.granularity == "tensor")
 overrides = st.builds(
-    Override, match=st.text(min_size=1, max_size=8), weights=specs, exclude=st.booleans(),
+    Override,
+    match=st.text(min_size=1, max_size=8),
+    weights=specs,
+    exclude=st.booleans(),
     activations=st.none() | activation_specs,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.builds(
-        Recipe, name=st.text(max_size=12), weights=specs, activations=st.none() | activation_specs, bias=st.none() | specs,
-        placement=st.sampled_from(["runtime", "fx", "layerwise", "flexml"]), steps=st.sampled_from([(), ("fold_batch_norm",)]),
-        overrides=st.lists(overrides, max_size=2).map(tuple), min_coverage=st.floats(0, 1),
+        Recipe,
+        name=st.text(max_size=12),
+        weights=specs,
+        activations=st.none() | activation_specs,
+        bias=st.none() | specs,
+        placement=st.sampled_from(["runtime", "fx", "layerwise", "flexml"]),
+        steps=st.sampled_from([(), ("fold_batch_norm",)]),
+        overrides=st.lists(overrides, max_size=2).map(tuple),
+        min_coverage=st.floats(0, 1),
     )
-)  # fmt: skip
+)
 def test_any_recipe_survives_yaml(recipe: Recipe) -> None:
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
@@ -97,7 +112,9 @@ def test_yaml_is_written_as_people_write_it() -> None:
           - {match: "layer1.*", activations: {format: {exponent_bits: 4, mantissa_bits: 3, reserved: nan}}}
         """
     )
-    assert recipe.weights == TensorSpec(format=IntFormat(4), granularity="channel", range=RangeRule(name="mse"))
+    assert recipe.weights == TensorSpec(
+        format=IntFormat(4), granularity="channel", range=RangeRule(name="mse")
+    )
     assert [o.match for o in recipe.overrides] == ["first", "type:Linear", "layer1.*"]
     assert recipe.overrides[2].activations is not None
     assert recipe.overrides[2].activations.format == FP8_E4M3
@@ -113,13 +130,20 @@ WRONG: dict[str, tuple[str, str]] = {
     "a percentile of 120": ("weights: {format: {bits: 8}, range: {percentile: 120}}", r"range\.percentile"),
     "an unknown placement": ("weights: {format: {bits: 8}}\nplacement: magic", "placement"),
     "an unknown step": ("weights: {format: {bits: 8}}\nsteps: [polish]", r"steps\.0"),
-    "an override without effect": ("weights: {format: {bits: 8}}\noverrides: [{match: x}]", r"overrides\.0.*'x' changes nothing"),
+    "an override without effect": (
+        "weights: {format: {bits: 8}}\noverrides: [{match: x}]",
+        r"overrides\.0.*'x' changes nothing",
+    ),
     "nothing to quantize": ("name: empty", "must quantize weights or activations"),
     "dynamic weights": ("weights: {format: {bits: 8}, dynamic: true}", "cannot be dynamic"),
     "dynamic activations": ("activations: {format: {bits: 8}, dynamic: true}", "quantize_dynamic"),
-    "activations per channel": ("activations: {format: {bits: 8}, granularity: channel}", "one scale per tensor"),
+    "activations per channel": (
+        "activations: {format: {bits: 8}, granularity: channel}",
+        "one scale per tensor",
+    ),
     "a float with a zero point": (
-        "weights: {format: {exponent_bits: 4, mantissa_bits: 3}, symmetric: false}", r"weights.*no zero point",
+        "weights: {format: {exponent_bits: 4, mantissa_bits: 3}, symmetric: false}",
+        r"weights.*no zero point",
     ),
     "groups without a size": ("weights: {format: {bits: 8}, granularity: group}", r"weights.*group_size"),
     "coverage above 1": ("weights: {format: {bits: 8}}\nmin_coverage: 2", "min_coverage"),
@@ -128,7 +152,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "nothing": ("", "must be a mapping"),
     "broken YAML": ("weights: {format: [}", "is not YAML"),
     "code": ("!!python/object/apply:os.system ['true']", "is not YAML"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -141,13 +165,13 @@ def test_errors_name_the_field_and_the_file(name: str, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="missing.yaml cannot be read"):
+    with pytest.raises(RecipeError, match=r"missing\.yaml cannot be read"):
         load_recipe(tmp_path / "missing.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "latin.yaml")
+    (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(RecipeError, match="cannot be read"):
-        (tmp_path / "folder.yaml").mkdir()
         load_recipe(tmp_path / "folder.yaml")
 
 
@@ -173,7 +197,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("first", "first", "Linear", "middle", False),
     ],
 )
-def test_overrides_match_by_name_type_or_place(match: str, name: str, kind: str, position: Any, applies: bool) -> None:
+def test_overrides_match_by_name_type_or_place(
+    match: str, name: str, kind: str, position: Any, applies: bool
+) -> None:
     assert Override(match=match, exclude=True).applies(name, kind, position) is applies
 
 

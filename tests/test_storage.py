@@ -31,7 +31,10 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.stem, self.conv = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+        )
         self.norm, self.head = nn.BatchNorm2d(width), nn.Linear(2 * width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ class Fewer(Residual):
     ("net", "words"),
     [
         (Other, r"missing \['extra\.layer\.bias', 'extra\.layer\.weight'\]"),
-        (Fewer, r"unexpected \['conv\.layer\.weight'"),
+        (Fewer, r"unexpected \[.*'conv\.layer\.weight'"),
         (lambda: Residual(7), r"other shapes \[.*'conv\.layer\.weight'"),
     ],
 )
@@ -183,7 +186,9 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("fails_at", [STATE, RECIPE, MANIFEST])
-def test_an_interrupted_save_leaves_no_half_written_file(fails_at: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_interrupted_save_leaves_no_half_written_file(
+    fails_at: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     q = bs.quantize(made(Residual), [images()])
     replace = files.os.replace
 

@@ -12,15 +12,19 @@ import torch
 from torch import fx, nn
 
 from .calibrate import calibrate, parse_memory
+from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, evaluation_mode, read_batches
-from .errors import PlacementError
+from .errors import CaptureError, PlacementError
 from .model import QuantizedModel
 from .place.place import Placed, place
 from .prepare import fold_batch_norm
 from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
 from .targets import Target, get_target
+
+
+_TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and its mode was restored"
 
 
 def quantize(
@@ -56,9 +60,20 @@ def quantize(
         batches = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batches)
         example = batches[0] if example_inputs is None else read_batches(model, [example_inputs], forward)[0]
         clock.lap("read")
-        graph = capture(model, example)
+        try:
+            graph = capture(model, example)
+        except CaptureError as error:
+            if recipe.placement != "layerwise":
+                raise
+            hooked = quantize_hooked(
+                model, batches, recipe, target, noise_samples=noise_samples, reason=str(error)
+            )
+            hooked.report.notes[:0] = [_TRAIN_MODE] if was_training else []
+            return hooked
     clock.lap("capture")
-    notes = fold_batch_norm(graph) if "fold_batch_norm" in recipe.steps else []
+    notes = [_TRAIN_MODE] if was_training else []
+    notes += graph.meta.get("notes", [])
+    notes += fold_batch_norm(graph) if "fold_batch_norm" in recipe.steps else []
     clock.lap("prepare")
     placed = place(graph, recipe, target)
     clock.lap("place")
@@ -68,8 +83,6 @@ def quantize(
         bias_correction="bias_correction" in recipe.steps, progress=progress,
     )  # fmt: skip
     clock.lap("calibrate")
-    if was_training:
-        notes.insert(0, "the model was in train mode: it was quantized in eval mode, and its mode was restored")
     return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))
 
 

@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     activations: TensorSpec | None = None
     bias: TensorSpec | None = TensorSpec(format=IntFormat(32))
     placement: PlacementName = "runtime"
-    steps: tuple[StepName, ...] = ("fold_batch_norm",)
+    steps: tuple[StepName, ...] = ("fold_batch_norm", "bias_correction")
     overrides: tuple[Override, ...] = ()
     min_coverage: float = Field(
         default=0.0,

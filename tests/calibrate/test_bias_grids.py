@@ -23,7 +23,9 @@ def samples(*shape: int) -> Tensor:
 def seeded(net: nn.Module) -> nn.Module:
     for index, parameter in enumerate(net.parameters()):
         with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.3)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.3
+            )
     return net
 
 
@@ -38,7 +40,9 @@ LAYERS = {
 @pytest.mark.parametrize("recipe", ["int8", "int8-tensor", "int8-po2", "int16"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_scale_of_a_bias_is_that_of_its_products(name: str, recipe: str) -> None:
-    q = bs.quantize(seeded(nn.Sequential(LAYERS[name])), [samples(16, 4, 6, 6)], recipe=recipe, target="generic")
+    q = bs.quantize(
+        seeded(nn.Sequential(LAYERS[name])), [samples(16, 4, 6, 6)], recipe=recipe, target="generic"
+    )
     (layer,) = quant_layers(q)
     s_x = next(m.scale for n, m in q.graph.named_modules() if n.startswith("quantizers."))
     weights, bias = layer.weight_quantizer.scale, layer.bias_quantizer.scale  # type: ignore[union-attr]
@@ -52,7 +56,7 @@ def test_the_scale_of_a_bias_is_that_of_its_products(name: str, recipe: str) -> 
 @pytest.mark.parametrize("recipe", ["int8", "int8-po2", "int8-tensor"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_nearly_dead_channel_keeps_its_bias(name: str, recipe: str) -> None:
-    """Weights of 1e-20 would make bias codes of 1e20: the weight's scale is widened, the output hardly changes."""
+    """Weights of 1e-20 would make bias codes of 1e20: the scale is widened, the output hardly changes."""
     net = seeded(nn.Sequential(LAYERS[name], nn.ReLU(), nn.Conv2d(LAYERS[name].out_channels, 3, 1)))  # type: ignore[arg-type]
     with torch.no_grad():
         dead: Any = net[0].weight[:, 1] if "transposed" in name else net[0].weight[1]

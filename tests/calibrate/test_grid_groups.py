@@ -25,7 +25,9 @@ def affine(lo: float, hi: float, *, scale: str = "float32", unsigned_codes: bool
     return solve_grid(lo, hi, spec, non_negative=lo >= 0, unsigned_codes=unsigned_codes)
 
 
-def symmetric(bound: float, *, scale: str = "float32", unsigned_codes: bool = False, non_negative: bool = False) -> Grid:
+def symmetric(
+    bound: float, *, scale: str = "float32", unsigned_codes: bool = False, non_negative: bool = False
+) -> Grid:
     spec = TensorSpec(format=IntFormat(8), scale=scale)
     return solve_grid(-bound, bound, spec, non_negative=non_negative, unsigned_codes=unsigned_codes)
 
@@ -68,7 +70,11 @@ def test_a_concat_of_unsigned_tensors_stays_unsigned() -> None:
 
 @pytest.mark.parametrize("kind", ["add", "cat"])
 def test_powers_of_two_stay_powers_of_two(kind: str) -> None:
-    grids = [symmetric(5.0, scale="po2", non_negative=True), symmetric(3.0, scale="po2"), symmetric(0.1, scale="po2")]
+    grids = [
+        symmetric(5.0, scale="po2", non_negative=True),
+        symmetric(3.0, scale="po2"),
+        symmetric(0.1, scale="po2"),
+    ]
     for grid in join_grids(grids, kind):
         assert math.log2(float(grid.scale)).is_integer()
 
@@ -84,22 +90,31 @@ ranges = st.tuples(st.floats(-100, 0), st.floats(0.01, 100))
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(ranges, st.sampled_from(["affine", "symmetric", "unsigned codes", "non-negative"])), min_size=2, max_size=4),
+    st.lists(
+        st.tuples(ranges, st.sampled_from(["affine", "symmetric", "unsigned codes", "non-negative"])),
+        min_size=2,
+        max_size=4,
+    ),
     st.sampled_from(["add", "cat"]),
     st.sampled_from(["float32", "po2"]),
-)  # fmt: skip
-def test_nothing_that_was_on_a_grid_clips_afterwards(drawn: list[tuple[tuple[float, float], str]], kind: str, scale: str) -> None:
-    """Both ends of every grid lie within half a step (of the shared scale) of where they were, or are inside."""
+)
+def test_nothing_that_was_on_a_grid_clips_afterwards(
+    drawn: list[tuple[tuple[float, float], str]], kind: str, scale: str
+) -> None:
+    """Both ends of every grid come back within half a step of the shared scale."""
     kinds = {name for _, name in drawn}
     if "affine" in kinds and kinds & {"symmetric", "unsigned codes"}:
         drawn = [(r, "affine") for r, _ in drawn]  # one recipe makes the one or the other
     if {"symmetric", "unsigned codes"} <= kinds:
         drawn = [(r, "symmetric" if n == "unsigned codes" else n) for r, n in drawn]
     grids = [
-        affine(lo, hi, scale=scale) if name == "affine"
-        else symmetric(hi, scale=scale, unsigned_codes=name == "unsigned codes", non_negative=name == "non-negative")
+        affine(lo, hi, scale=scale)
+        if name == "affine"
+        else symmetric(
+            hi, scale=scale, unsigned_codes=name == "unsigned codes", non_negative=name == "non-negative"
+        )
         for (lo, hi), name in drawn
-    ]  # fmt: skip
+    ]
     for before, after in zip(grids, join_grids(grids, kind)):
         step = float(after.scale)
         points = torch.tensor(ends(before))

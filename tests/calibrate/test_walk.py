@@ -35,8 +35,17 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.left, self.right = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 4, 1)
-        self.act, self.act2, self.pool, self.head = nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2), nn.Linear(10 * 16, 5)
+        self.stem, self.left, self.right = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 1),
+            nn.Conv2d(6, 4, 1),
+        )
+        self.act, self.act2, self.pool, self.head = (
+            nn.ReLU(),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Linear(10 * 16, 5),
+        )
         with torch.no_grad():  # eighths: every sum is exact in float32, in whatever order it is taken
             for index, parameter in enumerate(self.parameters()):
                 draw = torch.randint(-4, 5, parameter.shape, generator=torch.Generator().manual_seed(index))
@@ -53,11 +62,19 @@ def images(count: int = 48, seed: int = 0) -> Tensor:
 
 
 def walk(
-    batches: list[Tensor], *, memory: int = 10**9, recipe: Any = "int8", placement: Any = "runtime", net: nn.Module | None = None,
+    batches: list[Tensor],
+    *,
+    memory: int = 10**9,
+    recipe: Any = "int8",
+    placement: Any = "runtime",
+    net: nn.Module | None = None,
     **options: Any,
-) -> tuple[dict[str, tuple[Any, ...]], WalkLog]:  # fmt: skip
+) -> tuple[dict[str, tuple[Any, ...]], WalkLog]:
     """Every grid by its quantizer's name, and the log."""
-    target, chosen = get_target("onnxruntime"), load_recipe(recipe).model_copy(update={"placement": placement})
+    target, chosen = (
+        get_target("onnxruntime"),
+        load_recipe(recipe).model_copy(update={"placement": placement}),
+    )
     graph = capture((net or Net()).eval(), (batches[0],))
     placed = place(graph, chosen, target)
     log = calibrate(graph, placed, [((b,), {}) for b in batches], target, memory=memory, **options)
@@ -127,7 +144,13 @@ def test_ranges_are_those_that_hooks_on_the_float_model_see(percentile: float) -
     with torch.no_grad():
         net(x)
     grids, _ = walk([x[:10], x[10:]], recipe=bs.Recipe.model_validate(base))
-    watched = {"x": x, "relu": seen["act"], "left": seen["left"], "relu_1": seen["act2"], "right": seen["right"]}
+    watched = {
+        "x": x,
+        "relu": seen["act"],
+        "left": seen["left"],
+        "relu_1": seen["act2"],
+        "right": seen["right"],
+    }
     assert {n.removeprefix("quantizers.") for n in grids if n.startswith("quantizers.")} == {*watched, "cat"}
     for name, values in watched.items():
         _, scale, zero, _ = grids[f"quantizers.{name}"]
@@ -141,7 +164,7 @@ def test_ranges_are_those_that_hooks_on_the_float_model_see(percentile: float) -
 
 
 def test_a_view_of_the_input_is_not_quantized_in_place() -> None:
-    """Both layers read one float tensor, one of them a slice of it: each range is that of the float values."""
+    """Two layers read a float tensor, one of them a slice of it: each range is that of the float values."""
 
     class Slices(nn.Module):
         def __init__(self) -> None:
@@ -178,7 +201,10 @@ def test_expanded_values_can_be_quantized() -> None:
 @pytest.mark.parametrize("placement", ["fx", "flexml"])
 def test_operands_of_an_add_share_a_scale_and_keep_their_sign(placement: str) -> None:
     grids, _ = walk([images()], placement=placement, recipe="int8-sym")
-    (_, relu_scale, relu_zero, _), (_, left_scale, left_zero, _) = grids["quantizers.relu"], grids["quantizers.left"]
+    (_, relu_scale, relu_zero, _), (_, left_scale, left_zero, _) = (
+        grids["quantizers.relu"],
+        grids["quantizers.left"],
+    )
     assert relu_scale == left_scale
     assert (relu_zero, left_zero) == (None, 128)
 
@@ -259,8 +285,9 @@ def test_values_that_are_all_zero_name_the_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2 * 10**9), ("512MiB", 512 << 20), ("1.5 kB", 1500), ("100", 100), (77, 77), ("1tb", 10**12)]
-)  # fmt: skip
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("512MiB", 512 << 20), ("1.5 kB", 1500), ("100", 100), (77, 77), ("1tb", 10**12)],
+)
 def test_sizes_of_memory_are_read(text: Any, size: int) -> None:
     assert parse_memory(text) == size
 

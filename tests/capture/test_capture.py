@@ -121,6 +121,16 @@ IMAGE = torch.randn(2, 4, 6, 6)
         (lambda s, x: x + x.new_zeros(1, 4, 1, 1), ["aten.add.Tensor"]),
         (lambda s, x: x.view_as(x).clone().contiguous() * torch.ones_like(x[:1]), ["aten.mul.Tensor"]),
         (lambda s, x: x @ s.w, ["Linear"]),
+        (lambda s, x: torch.einsum("nchw,wd->ndhc", x, s.w), ["Linear", "aten.permute.default"]),
+        (
+            lambda s, x: torch.einsum("nihk,njhk->nhij", x, x),
+            ["aten.permute.default", "aten.permute.default", "aten.matmul.default"],
+        ),
+        (lambda s, x: torch.einsum("nchw,nchd->nwd", x, x), ["aten.einsum.default"]),  # two axes are summed
+        (
+            lambda s, x: torch.einsum("nid,njd->nij", x[:, 0], x[:, 1]),
+            ["aten.permute.default", "aten.matmul.default"],
+        ),
         (lambda s, x: torch.addmm(s.b, x[:, 0, 0], s.w), ["Linear"]),
     ],
 )  # fmt: skip

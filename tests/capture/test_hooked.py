@@ -61,6 +61,17 @@ def test_capture_names_the_line_and_what_to_change(net: nn.Module) -> None:
     assert "placement='layerwise'" in message
 
 
+def test_quantize_falls_back_to_hooks_for_layerwise_alone(net: nn.Module) -> None:
+    q = bs.quantize(net.train(), data(), placement="layerwise")
+    assert isinstance(q, HookedModel)
+    assert "was in train mode" in q.report.notes[0]
+    assert net.training
+    with pytest.raises(ExportError, match="data-dependent"):
+        bs.deploy(q)
+    with pytest.raises(CaptureError):
+        bs.quantize(net, data())
+
+
 def test_each_layer_quantizes_its_own_input_and_weight(net: nn.Module) -> None:
     state = {name: value.clone() for name, value in net.state_dict().items()}
     q = hooked(net, data())

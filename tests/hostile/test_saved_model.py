@@ -69,24 +69,36 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no target": lambda f: edit(f, lambda m: m.pop("target")),
     "a target with unknown fields": lambda f: edit(f, lambda m: m["target"].update(command="rm -rf /")),
     "a report of another kind": lambda f: edit(f, lambda m: m.update(report={"layers": 3})),
-    "a format of 99 bits": lambda f: edit(f, lambda m: m["quantizers"]["quantizers.input_1"]["format"].update(bits=99)),
-    "a quantizer without a format": lambda f: edit(f, lambda m: m["quantizers"].update({"quantizers.input_1": {}})),
+    "a format of 99 bits": lambda f: edit(
+        f, lambda m: m["quantizers"]["quantizers.input_1"]["format"].update(bits=99)
+    ),
+    "a quantizer without a format": lambda f: edit(
+        f, lambda m: m["quantizers"].update({"quantizers.input_1": {}})
+    ),
     "a quantizer that is forgotten": lambda f: edit(f, lambda m: m["quantizers"].pop("quantizers.input_1")),
     "an input of a petabyte": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(shape=[2, 10**15])),
     "an input of negative size": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(shape=[-2, 4])),
-    "an input with text for a shape": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(shape="wide")),
-    "an input of a type that is a function": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(dtype="load")),
+    "an input with text for a shape": lambda f: edit(
+        f, lambda m: m["inputs"]["leaves"][0].update(shape="wide")
+    ),
+    "an input of a type that is a function": lambda f: edit(
+        f, lambda m: m["inputs"]["leaves"][0].update(dtype="load")
+    ),
     "fewer inputs than the structure has": lambda f: edit(f, lambda m: m["inputs"].update(leaves=[])),
     "no structure": lambda f: edit(f, lambda m: m["inputs"].pop("structure")),
     "a structure of numbers": lambda f: edit(f, lambda m: m["inputs"].update(structure="[1, 2]")),
-    "a structure of an unknown type": lambda f: edit(f, lambda m: m["inputs"].update(structure=structure("os.system", "null"))),
-    "a scale that is not a number": lambda f: edit_state(f, quantizers__input_1__scale=torch.tensor(float("nan"))),
+    "a structure of an unknown type": lambda f: edit(
+        f, lambda m: m["inputs"].update(structure=structure("os.system", "null"))
+    ),
+    "a scale that is not a number": lambda f: edit_state(
+        f, quantizers__input_1__scale=torch.tensor(float("nan"))
+    ),
     "a scale of zero": lambda f: edit_state(f, quantizers__input_1__scale=torch.tensor(0.0)),
     "a scale in integers": lambda f: edit_state(f, quantizers__input_1__scale=torch.tensor(1)),
     "several scales for one tensor": lambda f: edit_state(f, quantizers__input_1__scale=torch.ones(4)),
     "a weight of another shape": lambda f: edit_state(f, **{"0__layer__weight": torch.zeros(9, 9)}),
     "a weight too many": lambda f: edit_state(f, extra=torch.zeros(1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -96,7 +108,10 @@ def test_damage_is_told_and_nothing_is_loaded(name: str, folder: Path) -> None:
         bs.load(folder, net())
 
 
-@pytest.mark.parametrize("text", ["weights: [", "- 1", "name: x\nsteps: [execute]", "!!python/object/apply:os.system ['true']", "\x00"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["weights: [", "- 1", "name: x\nsteps: [execute]", "!!python/object/apply:os.system ['true']", "\x00"],
+)
 def test_a_damaged_recipe_is_told(text: str, folder: Path) -> None:
     (folder / RECIPE).write_text(text)
     with pytest.raises(BitsmithError, match=r"recipe\.yaml"):
@@ -117,7 +132,10 @@ def test_a_structure_cannot_have_modules_imported(folder: Path, trap: str) -> No
     factory = {"default_factory_module": trap, "default_factory_name": "Factory", "dict_context": ["a"]}
     enum = json.dumps([{"__enum__": True, "fqn": f"{trap}:Factory", "name": "A"}])
     for kind, context in (("collections.defaultdict", factory), ("builtins.dict", enum)):
-        edit(folder, lambda m, kind=kind, context=context: m["inputs"].update(structure=structure(kind, context)))
+        edit(
+            folder,
+            lambda m, kind=kind, context=context: m["inputs"].update(structure=structure(kind, context)),
+        )
         with pytest.raises(CheckpointError):
             bs.load(folder, net())
         assert trap not in sys.modules
@@ -131,5 +149,5 @@ def test_names_in_the_manifest_are_no_paths(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="give a folder that bitsmith.save wrote"):
+    with pytest.raises(CheckpointError, match=r"give a folder that bitsmith\.save wrote"):
         bs.load(tmp_path / "nowhere", net())

@@ -1,7 +1,7 @@
-"""For each law: how to draw an operator, the kernel that onnxruntime runs it with, and what our law makes of it.
+"""For each law: how to draw an operator, which kernel onnxruntime runs it with, and what our law makes of it.
 
-``python tests/integer/law_cases.py`` writes ``golden_laws.npz``: small draws with onnxruntime's own answers, so that
-the laws stay tested where another onnxruntime or another processor computes something else.
+``python tests/integer/law_cases.py`` writes ``golden_laws.npz``: small draws with onnxruntime's own answers,
+so that the laws stay tested where another onnxruntime or another processor computes something else.
 """
 
 from __future__ import annotations
@@ -49,14 +49,19 @@ class Case:
 
     def run(self, op: str) -> tuple[Array, list[str]]:
         return run_kernel(
-            op, self.operands, self.scale, self.zero, dtype=self.operands[0].codes.dtype, bias=self.bias,
+            op,
+            self.operands,
+            self.scale,
+            self.zero,
+            dtype=self.operands[0].codes.dtype,
+            bias=self.bias,
             **self.attributes,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
 class Law:
-    """``draw(rng, scales)`` makes a Case; ``apply(case, carrier dtype)`` gives centred codes, or real numbers."""
+    """``draw(rng, scales)`` makes a Case; ``apply(case, carrier)`` gives centred codes, or real numbers."""
 
     op: str
     kernel: str
@@ -71,7 +76,7 @@ def grid_of(dtype: Any, scale: Any, zero: int) -> Grid:
 
 
 def draw_scales(rng: Random, kind: int) -> list[np.float32]:
-    """Any scales; powers of two; small multiples of them; multiples of 1/255; all equal. Most but the first tie."""
+    """Any scales; powers of two; small multiples of them; multiples of 1/255; all equal. Most of them tie."""
 
     def one() -> np.float32:
         return [
@@ -101,16 +106,25 @@ def _output(rng: Random, base: np.float32, *factors: float) -> tuple[float, int]
 
 
 BROADCASTS = [
-    ((2, 3, 40), (2, 3, 40)), ((2, 8, 5, 5), (2, 8, 1, 1)), ((2, 8, 1, 1), (2, 8, 5, 5)), ((9, 7), (7,)), ((7,), (9, 7)),
-    ((2, 1, 4, 9), (2, 5, 4, 9)), ((1, 8, 1), (4, 1, 8)), ((2, 8, 1, 1), (1, 8, 1, 1)), ((1,), (4, 33)),
-]  # fmt: skip
+    ((2, 3, 40), (2, 3, 40)),
+    ((2, 8, 5, 5), (2, 8, 1, 1)),
+    ((2, 8, 1, 1), (2, 8, 5, 5)),
+    ((9, 7), (7,)),
+    ((7,), (9, 7)),
+    ((2, 1, 4, 9), (2, 5, 4, 9)),
+    ((1, 8, 1), (4, 1, 8)),
+    ((2, 8, 1, 1), (1, 8, 1, 1)),
+    ((1,), (4, 33)),
+]
 
 
 def _binary(*factors: float, product: bool) -> Callable[[Random, list[np.float32]], Case]:
     def draw(rng: Random, s: list[np.float32]) -> Case:
         shape_a, shape_b = BROADCASTS[rng.integers(len(BROADCASTS))]
         base = s[0] * s[1] if product else max(s[0], s[1])
-        return Case([operand(rng, s[0], *shape_a), operand(rng, s[1], *shape_b)], *_output(rng, base, *factors))
+        return Case(
+            [operand(rng, s[0], *shape_a), operand(rng, s[1], *shape_b)], *_output(rng, base, *factors)
+        )
 
     return draw
 
@@ -147,8 +161,11 @@ def _global_mean(case: Case, carrier: torch.dtype) -> Tensor:
 def _draw_window_mean(rng: Random, s: list[np.float32]) -> Case:
     kernel, stride, pad = int(rng.integers(2, 5)), int(rng.integers(1, 4)), int(rng.integers(0, 2))
     geometry = {
-        "kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "count_include_pad": int(rng.integers(0, 2)),
-    }  # fmt: skip
+        "kernel_shape": [kernel] * 2,
+        "strides": [stride] * 2,
+        "pads": [pad] * 4,
+        "count_include_pad": int(rng.integers(0, 2)),
+    }
     return Case([operand(rng, s[0], 1, 5, 9, 11)], *_output(rng, s[0], 0.25, 0.5, 1, 0.3, 2), geometry)
 
 
@@ -249,7 +266,7 @@ LAWS: dict[str, Law] = {
     "conv": Law("Conv", "QLinearConv", _draw_conv(1), _product),
     "grouped conv": Law("Conv", "QLinearConv", _draw_conv(3), _product),
     "depthwise conv": Law("Conv", "QLinearConv", _draw_conv(12), _product),
-}  # fmt: skip
+}
 
 
 def _fused_product(case: Case) -> Tensor:
@@ -310,9 +327,15 @@ def write_golden(per_law: int = 5) -> None:
                 if refuted is None or misses(case, expected, refuted):
                     break
             key = f"{name}.{index}"
-            meta = {"scale": case.scale, "zero": case.zero, "attributes": case.attributes, "operands": [
-                {"scale": np.asarray(x.scale).tolist(), "zero": x.zero, "constant": x.constant} for x in case.operands
-            ]}  # fmt: skip
+            meta = {
+                "scale": case.scale,
+                "zero": case.zero,
+                "attributes": case.attributes,
+                "operands": [
+                    {"scale": np.asarray(x.scale).tolist(), "zero": x.zero, "constant": x.constant}
+                    for x in case.operands
+                ],
+            }
             arrays |= {f"{key}.meta": np.array(json.dumps(meta)), f"{key}.y": expected}
             arrays |= {f"{key}.x{i}": x.codes for i, x in enumerate(case.operands)}
             if case.bias is not None:
@@ -323,7 +346,9 @@ def write_golden(per_law: int = 5) -> None:
 def read_golden(name: str) -> list[tuple[Case, Array]]:
     with np.load(GOLDEN) as file:
         found = []
-        for key in sorted(k.removesuffix(".meta") for k in file.files if k.startswith(f"{name}.") and k.endswith(".meta")):
+        for key in sorted(
+            k.removesuffix(".meta") for k in file.files if k.startswith(f"{name}.") and k.endswith(".meta")
+        ):
             meta = json.loads(str(file[f"{key}.meta"]))
             operands = [Codes(file[f"{key}.x{i}"], **x) for i, x in enumerate(meta.pop("operands"))]
             bias = file[f"{key}.bias"] if f"{key}.bias" in file.files else None

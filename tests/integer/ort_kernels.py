@@ -27,9 +27,15 @@ class Codes:
 
 
 def run_kernel(
-    op: str, operands: list[Codes], scale: float | None, zero: int = 0, *, dtype: Any = np.uint8, bias: Array | None = None,
+    op: str,
+    operands: list[Codes],
+    scale: float | None,
+    zero: int = 0,
+    *,
+    dtype: Any = np.uint8,
+    bias: Array | None = None,
     **attributes: Any,
-) -> tuple[Array, list[str]]:  # fmt: skip
+) -> tuple[Array, list[str]]:
     """The output codes (real numbers where ``scale`` is None), and the kernels that onnxruntime ran.
 
     ``bias`` are int32 codes at the scale of the products.
@@ -48,9 +54,14 @@ def run_kernel(
 
 
 def _graph(
-    op: str, operands: list[Codes], scale: float | None, zero: int, dtype: np.dtype[Any], bias: Array | None,
+    op: str,
+    operands: list[Codes],
+    scale: float | None,
+    zero: int,
+    dtype: np.dtype[Any],
+    bias: Array | None,
     attributes: dict[str, Any],
-) -> tuple[onnx.GraphProto, dict[str, Array]]:  # fmt: skip
+) -> tuple[onnx.GraphProto, dict[str, Array]]:
     nodes, constants, inputs, feeds, names = [], [], [], {}, []
 
     def constant(name: str, value: Any, kind: Any) -> str:
@@ -76,7 +87,9 @@ def _graph(
         s = np.float32(operands[0].scale) * np.asarray(operands[1].scale, dtype=np.float32)
         grid = [constant("s_b", s, np.float32)]
         axis = {"axis": 0} if s.ndim else {}
-        nodes.append(helper.make_node("DequantizeLinear", [constant("b", bias, np.int32), *grid], ["r_b"], **axis))
+        nodes.append(
+            helper.make_node("DequantizeLinear", [constant("b", bias, np.int32), *grid], ["r_b"], **axis)
+        )
         names.append("r_b")
     nodes.append(helper.make_node(op, names, ["real"], **attributes))
     output, kind = "real", TensorProto.FLOAT

@@ -39,19 +39,25 @@ def numpy_conv(x: Array, w: Array, layer: Any) -> Array:
             for o, d, s, n in zip(offset, layer.dilation, layer.stride, sizes)
         )
         for g in range(groups):
-            piece, rows = x[(slice(None), slice(g * ins, (g + 1) * ins), *window)], slice(g * outs, (g + 1) * outs)
+            piece, rows = (
+                x[(slice(None), slice(g * ins, (g + 1) * ins), *window)],
+                slice(g * outs, (g + 1) * outs),
+            )
             product = np.tensordot(w[(rows, slice(None), *offset)], piece, (1, 1))  # (out, batch, ...)
             result[:, rows] += np.moveaxis(product, 0, 1)
     return result
 
 
 def numpy_conv_transpose(x: Array, w: Array, layer: Any) -> Array:
-    """Transposed convolution by its definition, in int64: every input is scattered over the outputs it reaches."""
+    """Transposed convolution by its definition, in int64: inputs scattered over the outputs they reach."""
     groups, rank = layer.groups, x.ndim - 2
     full = [
-        (x.shape[2 + i] - 1) * layer.stride[i] + layer.dilation[i] * (w.shape[2 + i] - 1) + 1 + layer.output_padding[i]
+        (x.shape[2 + i] - 1) * layer.stride[i]
+        + layer.dilation[i] * (w.shape[2 + i] - 1)
+        + 1
+        + layer.output_padding[i]
         for i in range(rank)
-    ]  # fmt: skip
+    ]
     ins, outs = w.shape[0] // groups, w.shape[1]
     result = np.zeros((x.shape[0], outs * groups, *full), dtype=np.int64)
     for offset in itertools.product(*map(range, w.shape[2:])):
@@ -137,8 +143,14 @@ def test_sums_past_2_to_the_24_are_still_exact() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(-128, 127), min_size=1, max_size=40), st.integers(1, 255), st.integers(-(2**31), 2**31 - 1))
-def test_the_bound_is_reached_by_the_worst_input_and_never_passed(row: list[int], largest: int, bias: int) -> None:
+@given(
+    st.lists(st.integers(-128, 127), min_size=1, max_size=40),
+    st.integers(1, 255),
+    st.integers(-(2**31), 2**31 - 1),
+)
+def test_the_bound_is_reached_by_the_worst_input_and_never_passed(
+    row: list[int], largest: int, bias: int
+) -> None:
     w, b = torch.tensor([row], dtype=torch.int32), torch.tensor([bias])
     worst = sum(abs(value) * largest for value in row) + abs(bias)
     assert accumulator_bound(w, largest, b, 0) == worst

@@ -1,13 +1,18 @@
-"""Our laws of requantization give the codes that onnxruntime's integer kernels give: all of them, ties included."""
+"""Our laws of requantization give the codes that onnxruntime's integer kernels give, ties included."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from law_cases import CARRIERS, LAWS, NEAR_MISSES, differing, draw_scales, grid_of, misses, read_golden
+import torch.nn.functional as F
+from law_cases import CARRIERS, LAWS, NEAR_MISSES, codes, differing, draw_scales, grid_of, misses, read_golden
 from ort_kernels import Codes, run_kernel
+from torch import nn
 
+import bitsmith as bs
 from bitsmith.grid import Grid, IntFormat, dequantize, quantize
 from bitsmith.integer import laws
 
@@ -17,7 +22,9 @@ def has_vnni() -> bool:
         return "vnni" in file.read()
 
 
-needs_vnni = pytest.mark.skipif(not has_vnni(), reason="without VNNI onnxruntime saturates u8 x s8 products in 16 bits")
+needs_vnni = pytest.mark.skipif(
+    not has_vnni(), reason="without VNNI onnxruntime saturates u8 x s8 products in 16 bits"
+)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -59,7 +66,7 @@ ALL_PAIRS = np.repeat(np.arange(256), 256).astype(np.uint8), np.tile(np.arange(2
 def test_adds_and_products_agree_on_every_pair_of_codes(op: str, signed: bool) -> None:
     rng, law = np.random.default_rng(7), laws.add if op == "Add" else laws.multiply
     dtype, low = (np.int8, -128) if signed else (np.uint8, 0)
-    a, b = ((codes.astype(np.int32) + low).astype(dtype) for codes in ALL_PAIRS)
+    a, b = ((part.astype(np.int32) + low).astype(dtype) for part in ALL_PAIRS)
     for kind in [0, 1, 2, 3, 4] * 3:
         s = draw_scales(rng, kind)
         base = float(s[0] * s[1]) * 64 if op == "Mul" else float(max(s[0], s[1]))
@@ -75,7 +82,7 @@ def test_adds_and_products_agree_on_every_pair_of_codes(op: str, signed: bool) -
 
 
 def test_a_product_rounds_before_the_zero_point_is_added() -> None:
-    """9 / 720 is not a float32: a fused multiply-add, which rounds once, would put some ties on the other side."""
+    """9 / 720 is not a float32: a fused multiply-add, which rounds once, decides some ties otherwise."""
     ratio = np.float32(np.float32(1.5) * np.float32(6.0)) / np.float32(720.0)
     a, b = np.meshgrid(np.arange(256), np.arange(256) - 255)
     two_steps = np.rint(np.float32(np.float32(a * b) * ratio) + np.float32(128))
@@ -91,18 +98,59 @@ def test_products_of_wide_codes_do_not_overflow() -> None:
     """65,535 * 65,535 needs 33 bits: int32 would wrap."""
     grid = Grid(IntFormat(16, signed=False), torch.tensor(1.0))
     output = Grid(IntFormat(16, signed=False), torch.tensor(65535.0))
-    codes = torch.tensor([65535])
+    largest = torch.tensor([65535])
     for carrier in CARRIERS.values():
-        found = laws.multiply(codes.to(carrier), codes.to(carrier), grid, grid, output, carrier)
+        found = laws.multiply(largest.to(carrier), largest.to(carrier), grid, grid, output, carrier)
         assert found.item() == 65535
 
 
 def test_quantize_and_dequantize_are_those_of_the_grid() -> None:
     x = torch.randn(500, generator=torch.Generator().manual_seed(0))
     grid = Grid(IntFormat(8, signed=False), torch.tensor(0.013), torch.tensor(77, dtype=torch.int32))
-    codes = quantize(x, grid)
+    stored = quantize(x, grid)
     centred = laws.quantize_centred(x.clone(), grid, torch.int32)
-    assert torch.equal(centred + 77, codes.int())
-    assert torch.equal(laws.dequantize_centred(centred, grid), dequantize(codes, grid))
+    assert torch.equal(centred + 77, stored.int())
+    assert torch.equal(laws.dequantize_centred(centred, grid), dequantize(stored, grid))
     assert laws.code_range(grid) == (-77, 178)
     assert laws.largest_code(grid) == 178
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 8, 1, 1), (2, 8, 5, 5)), ((2, 8, 5, 5), (2, 1, 5, 5)), ((8, 1, 1), (2, 8, 5, 5))]
+)
+def test_an_add_beside_convolutions_is_one_of_channels_last_tensors(
+    shapes: tuple[tuple[int, ...], ...],
+) -> None:
+    """There onnxruntime transposes first: the order of operands follows the axes as they lie in memory."""
+    rng = np.random.default_rng(3)
+    for kind in range(5):
+        s, zeros = draw_scales(rng, kind), [int(z) for z in rng.integers(0, 256, 3)]
+        grids = [grid_of(np.uint8, scale, z) for scale, z in zip([s[0], s[1], max(s)], zeros)]
+        a, b = (
+            torch.from_numpy(codes(rng, *shape).astype(np.float32) - z) for shape, z in zip(shapes, zeros)
+        )
+        a4, b4 = (x.view([1] * (4 - x.ndim) + list(x.shape)).permute(0, 2, 3, 1) for x in (a, b))
+        found = laws.add(a, b, *grids, torch.float32, channels_last=True)
+        assert torch.equal(found.permute(0, 2, 3, 1), laws.add(a4, b4, *grids, torch.float32))
+
+
+@needs_vnni
+def test_a_global_context_added_in_front_gives_onnxruntimes_bits(tmp_path: Path) -> None:
+    """[N, C, 1, 1] + [N, C, H, W] between convolutions: one code in 50 million tells the two orders apart."""
+
+    class Context(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+            self.out = nn.Conv2d(16, 16, 1, bias=False)
+            with torch.no_grad():
+                self.out.weight.copy_(torch.eye(16)[:, :, None, None])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.out(self.gate(F.adaptive_avg_pool2d(x, 1)) + x)
+
+    torch.manual_seed(4)
+    q = bs.quantize(Context(), [torch.randn(32, 3, 16, 16)], recipe="int8-sym")
+    path = bs.export_onnx(q, tmp_path / "model.onnx")
+    assert bs.verify(q, path, torch.randn(128, 3, 16, 16)).max_lsb == 0

@@ -1,4 +1,4 @@
-"""Small networks of the shapes that placement policies treat differently, and a way to see where Quantizers stand."""
+"""Small networks that placement policies treat differently, and a way to see where Quantizers stand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.conv1, self.conv2, self.fc = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Linear(8, 4),
+        )
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,9 +80,15 @@ INPUTS = {Attention: (2, 5, 8)}
 
 
 def placed(
-    net: type[nn.Module] | nn.Module, placement: Any = "runtime", *, recipe: str | Recipe = "int8", target: str = "onnxruntime",
-    overrides: tuple[Override, ...] = (), shape: tuple[int, ...] | None = None, **fields: Any,
-) -> tuple[fx.GraphModule, Placed]:  # fmt: skip
+    net: type[nn.Module] | nn.Module,
+    placement: Any = "runtime",
+    *,
+    recipe: str | Recipe = "int8",
+    target: str = "onnxruntime",
+    overrides: tuple[Override, ...] = (),
+    shape: tuple[int, ...] | None = None,
+    **fields: Any,
+) -> tuple[fx.GraphModule, Placed]:
     """A network with its Quantizers in place."""
     model = net if isinstance(net, nn.Module) else net()
     x = torch.zeros(shape or INPUTS.get(type(model), (2, 3, 8, 8)))
@@ -88,7 +98,7 @@ def placed(
 
 
 def quantized_values(graph: fx.GraphModule) -> dict[str, bool]:
-    """The values with a Quantizer of their own, by the node that makes them: True where it is known to be >= 0."""
+    """The values with a Quantizer of their own, by the node that makes them: True where known to be >= 0."""
     return {
         str(node.args[0]): quantizer_of(node).non_negative  # type: ignore[union-attr]
         for node in graph.graph.nodes

@@ -61,7 +61,10 @@ def test_the_only_layer_is_first_and_last() -> None:
 
 
 def test_later_overrides_win() -> None:
-    overrides = (Override(match="*", weights=FOUR), Override(match="first", weights=TensorSpec(format=IntFormat(6))))
+    overrides = (
+        Override(match="*", weights=FOUR),
+        Override(match="first", weights=TensorSpec(format=IntFormat(6))),
+    )
     graph, _ = placed(Residual, overrides=overrides)
     assert weight_bits(graph) == {"conv1": 6, "conv2": 4, "fc": 4}
 
@@ -111,7 +114,9 @@ def test_an_override_that_matches_nothing_lists_the_layers() -> None:
 
 class TestCoverage:
     def test_a_model_without_compute_layers_is_refused(self) -> None:
-        with pytest.raises(PlacementError, match=r"nothing would be quantized.*zero of its multiply-accumulates"):
+        with pytest.raises(
+            PlacementError, match=r"nothing would be quantized.*zero of its multiply-accumulates"
+        ):
             placed(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
 
     def test_excluding_everything_is_refused(self) -> None:
@@ -119,7 +124,7 @@ class TestCoverage:
             placed(Residual, overrides=(Override(match="*", exclude=True),))
 
     def test_less_than_the_recipe_promises_is_refused_with_what_is_left_out(self) -> None:
-        """conv1 has 3 * 8 * 9 * 64 of 3 * 8 * 9 * 64 + 8 * 8 * 9 * 64 + 8 * 4 multiply-accumulates: 27.3 %."""
+        """conv1 has 3 * 8 * 9 * 64 of 3 * 8 * 9 * 64 + 8 * 8 * 9 * 64 + 8 * 4 products: 27.3 %."""
         exclude = (Override(match="conv1", exclude=True),)
         with pytest.raises(PlacementError, match=r"72\.7%.*min_coverage 90\.0%.*conv1"):
             placed(Residual, overrides=exclude, min_coverage=0.9)
@@ -136,7 +141,9 @@ class TestCoverage:
                 x = self.conv(x)
                 return F.conv2d(x, x.mean((0, 2, 3)).view(3, 1, 1, 1) * self.scale, groups=3)
 
-        with pytest.raises(UnsupportedOperatorError, match=r"conv2d_1 \(conv\).*computed at run time.*exclude: true"):
+        with pytest.raises(
+            UnsupportedOperatorError, match=r"conv2d_1 \(conv\).*computed at run time.*exclude: true"
+        ):
             placed(Dynamic(), placement)
         graph, _ = placed(Dynamic(), placement, overrides=(Override(match="conv2d_1", exclude=True),))
         assert weight_bits(graph) == {"conv": 8}

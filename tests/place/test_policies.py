@@ -27,17 +27,23 @@ from bitsmith.place.plan import operands
 NETS: list[type[nn.Module]] = [Residual, Concat, SqueezeExcite, Depthwise, Attention]
 POLICIES = ["runtime", "fx", "layerwise", "flexml"]
 
-# Value: whether it cannot be negative. A convolution's output is quantized where the kernel has no float output.
+# Value: whether it cannot be negative. onnxruntime's int8 convolution has no float output, its linear has.
 RUNTIME: dict[type[nn.Module], dict[str, bool]] = {
     Residual: {"x": False, "relu": True, "conv2": False, "relu_1": True, "adaptive_avg_pool2d": True},
     Concat: {"x": False, "relu": True, "right": False, "cat": False, "join": False},
     SqueezeExcite: {
-        "x": False, "relu": True, "adaptive_avg_pool2d": True, "relu_1": True, "excite": False, "sigmoid": True,
-        "mul": True, "out": False,
+        "x": False,
+        "relu": True,
+        "adaptive_avg_pool2d": True,
+        "relu_1": True,
+        "excite": False,
+        "sigmoid": True,
+        "mul": True,
+        "out": False,
     },
     Depthwise: {"x": False, "relu6": True, "relu6_1": True, "project": False},
     Attention: {"x": False, "q": False, "k": False, "v": False, "softmax": True, "matmul_1": False},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -78,7 +84,8 @@ def test_layerwise_quantizes_inputs_and_weights_of_compute_layers_alone(net: typ
 def test_layerwise_gives_each_reader_a_quantizer_of_its_own() -> None:
     graph, _ = placed(Concat, "layerwise")
     left, right = (
-        next(quantizer_of(n.args[0]) for n in graph.graph.nodes if n.name == name) for name in ("left", "right")
+        next(quantizer_of(n.args[0]) for n in graph.graph.nodes if n.name == name)
+        for name in ("left", "right")
     )
     assert left is not None
     assert left is not right
@@ -134,7 +141,11 @@ def test_operators_between_quantized_values_read_codes() -> None:
 def test_a_relu_module_used_twice_has_two_quantizers() -> None:
     graph, _ = placed(Residual, "runtime")
     first, second = (
-        next(quantizer_of(n) for n in graph.graph.nodes if quantizer_of(n) is not None and str(n.args[0]) == name)
+        next(
+            quantizer_of(n)
+            for n in graph.graph.nodes
+            if quantizer_of(n) is not None and str(n.args[0]) == name
+        )
         for name in ("relu", "relu_1")
     )
     assert first is not second
@@ -204,7 +215,11 @@ def test_what_only_moves_elements_keeps_its_codes() -> None:
     """A max pool and a reshape: the same Quantizer stands behind each, so that runtimes keep the integers."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 2))
     graph, _ = placed(net, "runtime")
-    behind = [n for n in graph.graph.nodes if n.name in ("relu_quantized", "max_pool2d_quantized", "flatten_quantized")]
+    behind = [
+        n
+        for n in graph.graph.nodes
+        if n.name in ("relu_quantized", "max_pool2d_quantized", "flatten_quantized")
+    ]
     assert len(behind) == 3
     assert len({id(quantizer_of(n)) for n in behind}) == 1
     assert [n.meta["observe"] for n in behind] == [True, False, False]

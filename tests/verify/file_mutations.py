@@ -73,7 +73,7 @@ def set_scale(model: onnx.ModelProto, value: float, *words: str) -> None:
 
 
 def change_zero_point(model: onnx.ModelProto, name: str) -> None:
-    """By 20: a shift of codes and of where they clip. (By 1 is no change as long as nothing is at the ends.)"""
+    """By 20: a shift of codes and of where they clip. (By 1 changes nothing while no code is at an end.)"""
     tensor = initializer(model, name, "zero_point", dtype=np.uint8)
     replace(tensor, numpy_helper.to_array(tensor) + np.uint8(20))
 

@@ -14,10 +14,16 @@ from bitsmith.verify.verify import compare_output
 
 def comparison(file: float = 0.0, drift: float = 0.0) -> OutputComparison:
     return OutputComparison(
-        name="y", lsb=0.1, elements=10, max_file_vs_integer=file, mean_file_vs_integer=file / 10,
-        max_file_vs_simulation=file + drift, mean_file_vs_simulation=0.0, max_integer_vs_simulation=drift,
+        name="y",
+        lsb=0.1,
+        elements=10,
+        max_file_vs_integer=file,
+        mean_file_vs_integer=file / 10,
+        max_file_vs_simulation=file + drift,
+        mean_file_vs_simulation=0.0,
+        max_integer_vs_simulation=drift,
         equal_fraction=1.0,
-    )  # fmt: skip
+    )
 
 
 def test_differences_are_counted_in_steps_of_the_output_grid() -> None:
@@ -58,7 +64,9 @@ def test_outputs_of_other_sizes_are_an_error(sizes: tuple[int, int, int]) -> Non
         ([comparison(drift=9.0)], False, 8.0, False, "simulation and integer executor differ"),
     ],
 )
-def test_verdicts(outputs: list[OutputComparison], exact: bool, allowed: float, passed: bool, words: str) -> None:
+def test_verdicts(
+    outputs: list[OutputComparison], exact: bool, allowed: float, passed: bool, words: str
+) -> None:
     found, verdict = judge(outputs, ["softmax"], exact, allowed)
     assert found is passed
     assert words in verdict
@@ -74,10 +82,21 @@ def test_a_verdict_names_what_the_runtime_computes_in_float() -> None:
 
 def test_certificates_are_data() -> None:
     fields: dict[str, Any] = {
-        "file": "m.onnx", "sha256": "0" * 64, "engine": "onnxruntime", "engine_version": "1", "target": "onnxruntime",
-        "recipe": "int8", "samples": 4, "outputs": [comparison(file=2.0), comparison()], "coverage": 1.0,
-        "file_bytes": 25, "float_bytes": 100, "allowed_max_lsb": 0.0, "passed": False, "verdict": "FAILED",
-    }  # fmt: skip
+        "file": "m.onnx",
+        "sha256": "0" * 64,
+        "engine": "onnxruntime",
+        "engine_version": "1",
+        "target": "onnxruntime",
+        "recipe": "int8",
+        "samples": 4,
+        "outputs": [comparison(file=2.0), comparison()],
+        "coverage": 1.0,
+        "file_bytes": 25,
+        "float_bytes": 100,
+        "allowed_max_lsb": 0.0,
+        "passed": False,
+        "verdict": "FAILED",
+    }
     certificate = Certificate(**fields)
     assert certificate.max_lsb == 2.0
     assert certificate.size_ratio == 0.25

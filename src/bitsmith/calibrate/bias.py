@@ -34,7 +34,8 @@ def _raise_tiny_scales(layer: QuantLayer, inputs: Grid) -> None:
     Nearly dead channels have weights of 1e-20 and a bias of ordinary size. Their weights vanish on the wider grid,
     which changes their output by less than one step of the accumulator.
     """
-    assert layer.weight_quantizer is not None and layer.bias_quantizer is not None
+    assert layer.weight_quantizer is not None
+    assert layer.bias_quantizer is not None
     bias, weights, grid = layer.bias, layer.weight_quantizer.require_grid(), layer.bias_quantizer.require_grid()
     fmt = grid.format
     if bias is None or not isinstance(fmt, IntFormat):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 
 import torch
 from torch import Tensor, fx
@@ -72,9 +73,10 @@ def rechunk(graph: fx.GraphModule, batches: list[Arguments]) -> list[Arguments]:
         if not same or count <= size:
             chunks.append(batch)
             continue
-        for start in range(0, count, size):
-            piece = slice(start, start + size)
-            chunks.append(torch.utils._pytree.tree_map_only(Tensor, lambda t, piece=piece: t[piece], batch))
+        pieces = -(-count // size)
+        for index in range(pieces):  # of equal size, as near as may be
+            piece = slice(index * count // pieces, (index + 1) * count // pieces)
+            chunks.append(torch.utils._pytree.tree_map_only(Tensor, itemgetter(piece), batch))
     return chunks
 
 

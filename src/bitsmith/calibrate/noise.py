@@ -23,10 +23,8 @@ class Noise:
 
     def update(self, exact: Tensor, quantized: Tensor) -> None:
         """Add one chunk."""
-        difference = torch.sub(quantized, exact).flatten()
-        flat = exact.flatten()
-        self.error += float(torch.dot(difference, difference))
-        self.signal += float(torch.dot(flat, flat))
+        self.error += float(torch.linalg.vector_norm(quantized - exact)) ** 2
+        self.signal += float(torch.linalg.vector_norm(exact)) ** 2
 
     @property
     def db(self) -> float | None:

@@ -106,7 +106,8 @@ class Store:
 
 def _dense_order(value: Tensor) -> tuple[int, ...]:
     """Axes from the largest stride to the smallest, so that memory formats survive the disk."""
-    return tuple(sorted(range(value.ndim), key=lambda axis: (-value.stride(axis), axis)))
+    strides = value.stride()
+    return tuple(sorted(range(value.ndim), key=lambda axis: (-strides[axis], axis)))
 
 
 def _size(value: Any) -> int:

@@ -166,8 +166,8 @@ def _report(
         floats = ", ".join(row.name for row in rows if row.note)
         raise PlacementError(
             f"only {covered / max(total, 1):.1%} of the multiply-accumulates would be quantized, "
-            f"min_coverage is {recipe.min_coverage:.1%}; in float stay functional calls (F.conv2d, matmul) and "
-            f"{floats or 'no layer'}"
+            f"min_coverage is {recipe.min_coverage:.1%}; in float stay functional calls (F.conv2d, matmul) "
+            f"and {floats or 'no layer'}"
         )
     note = (
         "read by module hooks, without a graph: batch norms are not folded, functional calls (F.conv2d, "

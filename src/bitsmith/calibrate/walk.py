@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.inputs import Arguments, sample_count
+from ..capture.ops import op_of
 from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, Quantizer, dequantize, quantize
 from ..grid.kernels import fake_quantize_
@@ -61,6 +62,7 @@ class Walk:
         self.stages = cut_into_stages(graph)
         self.group_of = {id(q): group for group in groups for q in group.members}
         self.means = self._correctable() if bias_correction else {}
+        self._in_place = _overwritable(self.stages)
         self.grids: dict[int, Grid] = {}
         self.statistics: dict[int, Any] = {}
         self.store = Store(memory)
@@ -146,7 +148,7 @@ class Walk:
 
     def _run_quantized(self, stage: Stage) -> None:
         self._correct_bias(stage)
-        noise = Noise() if stage.compute is not None else None
+        noise = Noise() if stage.compute is not None and _is_float(stage.end.meta.get("val")) else None
         for chunk in range(self.quantized_chunks):
             value = self._execute("quantized", stage, chunk)
             grid = stage.quantizer.grid if stage.quantizer is not None else None
@@ -157,8 +159,9 @@ class Walk:
             if grid is not None and grid.format.bits <= 16 and grid.format.kind == "int":
                 value = quantize(value, grid)
             self.store.put(("quantized", stage.end.name, chunk), value)
-        if noise is not None and stage.compute is not None:
-            self.log.noise[stage.compute] = noise
+        if stage.compute is not None:
+            if noise is not None:
+                self.log.noise[stage.compute] = noise
             self._release("float", [stage.end.name])
         self._release("quantized", [source.name for source in stage.inputs])
 
@@ -182,6 +185,8 @@ class Walk:
         if node.op == "get_attr":
             return getattr(self.graph, str(node.target))
         if node.op == "call_function":
+            if node in self._in_place:
+                return torch.relu_(args[0])
             return node.target(*args, **kwargs)  # type: ignore[operator]
         module = self.graph.get_submodule(str(node.target))
         if stream == "float" and hasattr(module, "weight_quantizer"):
@@ -263,6 +268,21 @@ class Walk:
             self._uses[stream][name] -= 1
             if self._uses[stream][name] == 0:
                 self.store.drop(stream, name, len(self.chunks))
+
+
+def _overwritable(stages: list[Stage]) -> set[fx.Node]:
+    """ReLUs whose input is the fresh result of a layer or an add in their own stage, which nobody else reads."""
+    fresh = {"conv", "conv_transpose", "linear", "add", "batch_norm"}
+    return {
+        node
+        for stage in stages
+        for before, node in zip(stage.nodes, stage.nodes[1:])
+        if op_of(node).name == "relu" and op_of(before).name in fresh
+    }
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _storages(values: dict[fx.Node, Any]) -> set[int]:

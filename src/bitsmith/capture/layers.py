@@ -76,7 +76,8 @@ def _conv(name: str, arguments: dict[str, Any], attribute: Attribute) -> Built |
     with torch.device("meta"):
         module = _CONV[name](
             weight.shape[1] * groups, weight.shape[0], per_axis(weight.shape[2:]),
-            per_axis(arguments["stride"]), per_axis(padding), per_axis(arguments["dilation"]), groups, bias is not None,
+            per_axis(arguments["stride"]), per_axis(padding), per_axis(arguments["dilation"]), groups,
+            bias is not None,
         )  # fmt: skip
     _assign(module, weight=weight, bias=bias)
     return module, [arguments["input"]], [arguments["weight"], arguments["bias"]]
@@ -94,8 +95,8 @@ def _conv_transpose(name: str, arguments: dict[str, Any], attribute: Attribute) 
     with torch.device("meta"):
         module = _CONV_TRANSPOSE[name](
             weight.shape[0], weight.shape[1] * groups, per_axis(weight.shape[2:]),
-            per_axis(arguments["stride"]), per_axis(arguments["padding"]), per_axis(arguments["output_padding"]), groups, bias is not None,
-            per_axis(arguments["dilation"]),
+            per_axis(arguments["stride"]), per_axis(arguments["padding"]),
+            per_axis(arguments["output_padding"]), groups, bias is not None, per_axis(arguments["dilation"]),
         )  # fmt: skip
     _assign(module, weight=weight, bias=bias)
     return module, [arguments["input"]], [arguments["weight"], arguments["bias"]]

@@ -20,8 +20,8 @@ _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "
 
 def normalize(graph: fx.GraphModule) -> fx.GraphModule:
     """The LayerGraph of a functional ATen graph; parametric calls become modules under their own names."""
-    _drop_no_ops(graph)
     simplify(graph)
+    _drop_no_ops(graph)
     _fold_constants(graph)
     write_out(graph)
     layered = _calls_to_layers(graph)

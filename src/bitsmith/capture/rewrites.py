@@ -23,6 +23,7 @@ def simplify(graph: fx.GraphModule) -> None:
     _free_fills(graph)
     _scatters_to_concats(graph)
     _views_to_reshapes(graph)
+    _einsums_to_products(graph)
 
 
 def write_out(graph: fx.GraphModule) -> None:
@@ -67,9 +68,7 @@ def _scatters_to_concats(graph: fx.GraphModule) -> None:
     aten = torch.ops.aten
 
     def call(target: Any, *args: Any) -> fx.Node:
-        created: fx.Node = graph.graph.call_function(target, args)
-        created.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-        return created
+        return _call(graph.graph, target, *args)
 
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or aten_name(node) not in ("slice_scatter", "copy"):
@@ -173,6 +172,56 @@ def _views_to_reshapes(graph: fx.GraphModule) -> None:
             sizes = [-1 if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
             if sizes.count(-1) <= 1:
                 node.target, node.args = torch.ops.aten.reshape.default, (node.args[0], sizes)
+
+
+def _einsums_to_products(graph: fx.GraphModule) -> None:
+    """An einsum of two operands over one common axis is a matmul between permutes, which can be quantized."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        orders = _matmul_orders(node) if node.op == "call_function" and aten_name(node) == "einsum" else None
+        if orders is None:
+            continue
+        value, operands = node, list(node.args[1])
+        with graph.graph.inserting_before(node):
+            for index, order in enumerate(orders[:2]):
+                if order != sorted(order):
+                    operands[index] = _call(graph.graph, aten.permute.default, operands[index], order)
+            value = _call(graph.graph, aten.matmul.default, *operands)
+            if orders[2] != sorted(orders[2]):
+                value = _call(graph.graph, aten.permute.default, value, orders[2])
+        value.meta = {**node.meta, "val": value.meta["val"]}
+        node.replace_all_uses_with(value)
+        graph.graph.erase_node(node)
+
+
+def _matmul_orders(node: fx.Node) -> tuple[list[int], list[int], list[int]] | None:
+    """How to permute both operands and then their product, or None where it is more than one matmul."""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    sides = terms.split(",")
+    if len(sides) != 2 or "." in terms or not result or any(len(set(t)) != len(t) for t in (*sides, result)):
+        return None
+    left, right = sides
+    common = [c for c in left if c in right]
+    batch, summed = [c for c in common if c in result], [c for c in common if c not in result]
+    rows, columns = [c for c in left if c not in right], [c for c in right if c not in left]
+    several_rows = len(rows) > 1 and bool(batch)
+    if len(summed) != 1 or len(columns) != 1 or not rows or several_rows:
+        return None
+    product = [*batch, *rows, *columns]
+    if sorted(product) != sorted(result):
+        return None  # an axis is summed in one operand alone
+    return (
+        [left.index(c) for c in [*batch, *rows, *summed]],
+        [right.index(c) for c in [*batch, *summed, *columns]],
+        [product.index(c) for c in result],
+    )
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call at the insertion point, with its fake value."""
+    created: fx.Node = graph.call_function(target, args)
+    created.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return created
 
 
 def _merge_means(graph: fx.GraphModule) -> None:

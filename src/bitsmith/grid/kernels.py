@@ -275,7 +275,7 @@ def _pieces(x: Tensor, out: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor
     if not on_cpu or x.numel() <= size:
         yield blocks, targets, law
         return
-    flat, flat_out = _flat(x), _flat(out)
+    flat, flat_out = flat_view(x), flat_view(out)
     if grid.scale.ndim == 0 and flat is not None and flat_out is not None and x.stride() == out.stride():
         for start in range(0, flat.numel(), size):
             yield flat[start : start + size], flat_out[start : start + size], law
@@ -287,7 +287,7 @@ def _pieces(x: Tensor, out: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor
         yield blocks[start:stop], targets[start:stop], law.rows(start, stop, total)
 
 
-def _flat(x: Tensor) -> Tensor | None:
+def flat_view(x: Tensor) -> Tensor | None:
     """A 1-dimensional view of all elements in memory order, or None where there are gaps."""
     if x.is_contiguous():
         return x.view(-1)

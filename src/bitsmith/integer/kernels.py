@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from ..grid import Grid, quantize
 from ..place.layers import QuantLayer
 from ..place.plan import operands
 from . import laws
-from .accumulate import Carrier, accumulator_bound, has_int32_kernel, layer_function, product_dtype, to_float32
+from .accumulate import (
+    Carrier,
+    accumulator_bound,
+    has_int32_kernel,
+    layer_function,
+    product_dtype,
+    to_float32,
+)
 
 Run = Callable[[dict[fx.Node, Any]], Tensor]
 _DEEPEST = 1 << 20  # products per output of a matmul whose depth is known at run time only
@@ -40,7 +48,7 @@ def build_kernel(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier
     sources = operands(node)
     first, grid = sources[0], inputs[0]
     if name in ("add", "mul"):
-        law = laws.add if name == "add" else laws.multiply
+        law = partial(laws.add, channels_last=_lies_channels_last(node)) if name == "add" else laws.multiply
         a, b = sources
         return Kernel(name, lambda env: law(env[a], env[b], inputs[0], inputs[1], output, dtype))
     if name == "cat":
@@ -58,6 +66,12 @@ def build_kernel(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier
     return Kernel(name, _table(node, first, grid, output, dtype))
 
 
+def _lies_channels_last(node: fx.Node) -> bool:
+    """Whether onnxruntime keeps a value channels last: beside convolutions of the same rank it does."""
+    rank = node.meta["val"].ndim
+    return any(op_of(n).name == "conv" and n.meta["val"].ndim == rank for n in node.graph.nodes)
+
+
 def centred_weight(layer: QuantLayer) -> Tensor:
     """The weight's codes less their zero point, as int32."""
     assert layer.weight_quantizer is not None
@@ -73,7 +87,8 @@ def centred_weight(layer: QuantLayer) -> Tensor:
 
 def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -> Run:
     layer = module_of(node)
-    assert isinstance(layer, QuantLayer) and layer.weight_quantizer is not None
+    assert isinstance(layer, QuantLayer)
+    assert layer.weight_quantizer is not None
     weights = layer.weight_quantizer.require_grid()
     codes = centred_weight(layer)
     transposed = type(layer.layer).__name__.startswith("ConvTranspose")
@@ -90,10 +105,11 @@ def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -
         weight = weight.contiguous(memory_format=torch.channels_last)
     channels = (-1,) if type(layer.layer).__name__ == "Linear" else (-1, *[1] * (codes.ndim - 2))
     scale = (source.scale * weights.scale).view(channels) if weights.scale.ndim else source.scale * weights.scale
-    if transposed and weights.scale.ndim and weights.scale.numel() != layer.layer.out_channels:
-        scale = scale.repeat(int(layer.layer.groups), *[1] * (scale.ndim - 1))  # type: ignore[call-overload]
+    geometry: Any = layer.layer
+    if transposed and weights.scale.ndim and weights.scale.numel() != geometry.out_channels:
+        scale = scale.repeat(geometry.groups, *[1] * (scale.ndim - 1))
     addend = None if bias is None else bias.to(dtype).view(channels)
-    function, source_node = layer_function(layer.layer), node.args[0]
+    function, (source_node,) = layer_function(layer.layer), operands(node)
     code_dtype = torch.float32 if carrier == "float" else torch.int32
     ratio = scale if output is None else laws.multiplier(scale, output)
 

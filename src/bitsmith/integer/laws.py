@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +75,16 @@ def requantize(accumulator: Tensor, scale: Tensor, output: Grid, carrier: torch.
     return round_to(to_float32(accumulator) * scale, output, carrier)
 
 
-def add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
+def add(
+    a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype, channels_last: bool = False
+) -> Tensor:  # fmt: skip
     """QLinearAdd: two fused multiply-adds in float32, on stored codes.
 
-    t = fma(b, s_b / s_c, z_c - fma(s_a / s_c, z_a, s_b / s_c * z_b)), then rint(fma(a, s_a / s_c, t)). Where ``a`` is
-    one number along the innermost axis, the kernel takes ``b`` first.
+    t = fma(b, s_b / s_c, z_c - fma(s_a / s_c, z_a, s_b / s_c * z_b)), then rint(fma(a, s_a / s_c, t)). Where
+    ``a`` is one number along the innermost axis in memory (channels, with ``channels_last``), the kernel takes
+    ``b`` first.
     """
-    if _is_scalar_inside(a.shape, b.shape):
+    if _is_scalar_inside(a.shape, b.shape, channels_last):
         a, b, grid_a, grid_b = b, a, grid_b, grid_a
     ratio_a, ratio_b = (grid_a.scale / output.scale).double(), (grid_b.scale / output.scale).double()
     z_a, z_b, z_c = zero_point(grid_a), zero_point(grid_b), zero_point(output)
@@ -91,12 +95,15 @@ def add(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier:
     return round_to(total.round_().sub_(z_c), output, carrier)
 
 
-def _is_scalar_inside(a: torch.Size, b: torch.Size) -> bool:
+def _is_scalar_inside(a: torch.Size, b: torch.Size, channels_last: bool) -> bool:
     """Whether the innermost axis that is not 1 in both shapes is 1 in ``a``."""
-    for size_a, size_b in zip(reversed(a), reversed(b)):
-        if size_a != 1 or size_b != 1:
-            return size_a == 1
-    return len(a) < len(b)
+    rank = max(len(a), len(b))
+    order = [0, *range(2, rank), 1] if channels_last else range(rank)
+    of_a, of_b = ([1] * (rank - len(shape)) + list(shape) for shape in (a, b))
+    for axis in reversed(order):
+        if of_a[axis] != 1 or of_b[axis] != 1:
+            return of_a[axis] == 1
+    return False
 
 
 def multiply(a: Tensor, b: Tensor, grid_a: Grid, grid_b: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
@@ -132,10 +139,12 @@ def window_mean(codes: Tensor, pool: AveragePool, source: Grid, output: Grid, ca
     sizes = [(padded.shape[2 + i] - pool.kernel[i]) // pool.stride[i] + 1 for i in range(rank)]
     total, count = None, None
     for offsets in itertools.product(*map(range, pool.kernel)):
-        window = (..., *(slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offsets, pool.stride, sizes)))
+        slices = [slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offsets, pool.stride, sizes)]
+        window: tuple[Any, ...] = (..., *slices)
         total = padded[window] if total is None else total + padded[window]
         count = inside[window] if count is None else count + inside[window]
-    assert total is not None and count is not None
+    assert total is not None
+    assert count is not None
     if pool.count_include_pad:
         count = torch.full_like(count, float(math.prod(pool.kernel)))
     z_y = zero_point(output)

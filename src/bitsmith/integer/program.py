@@ -158,7 +158,7 @@ class Program:
         if source is not None:
             kernel = self._kernel(source, grid)
             return Step(node, kernel.run, grid, kernel.name)
-        value = node.args[0]
+        value: Any = node.args[0]
         if not isinstance(grid.format, IntFormat):
             return Step(node, lambda env: quantizer(self.real(value, env)), None, "fake_quantize")
         if self._is_same_grid(value, grid):
@@ -191,7 +191,7 @@ class Program:
         """Whether everything that reads a moved value takes it on the same grid (or moves it on)."""
         grid = self.grids[operands(node)[0]]
         return all(
-            (q := quantizer_of(user)) is not None and q.scale is grid.scale or op_of(user).name == "getitem"
+            ((q := quantizer_of(user)) is not None and q.scale is grid.scale) or op_of(user).name == "getitem"
             for user in node.users
         )
 

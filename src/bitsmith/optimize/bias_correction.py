@@ -21,7 +21,7 @@ class ChannelMean:
     def update(self, x: Tensor) -> None:
         """Add one chunk."""
         dims = [d for d in range(x.ndim) if d != self.axis % x.ndim]
-        total = x.sum(dims, dtype=torch.float64)
+        total = x.sum(dims).double()
         self.total = total if self.total is None else self.total + total
         self.count += x.numel() // total.numel()
 

@@ -41,7 +41,7 @@ def macs_of(node: fx.Node) -> int:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         return elements_of(node) * math.prod(map(size_of, weight.meta["val"].shape[1:]))
-    per_output = math.prod(layer.weight.shape[1:])
+    per_output: int = math.prod(layer.weight.shape[1:])
     if op.name == "conv_transpose":  # every input element meets (out / groups) * kernel weights
         source = node.args[0]
         assert isinstance(source, fx.Node)

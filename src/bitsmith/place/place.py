@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import is_not
 from typing import Literal
 
 import torch
@@ -138,7 +140,7 @@ def _activation_specs(
     if recipe.activations is None:
         return specs
     specs.update({(node, None): recipe.activations for node in plan.values})
-    specs.update({(source, consumer): recipe.activations for source, consumer in plan.edges})
+    specs.update(dict.fromkeys(plan.edges, recipe.activations))
     for node in plan.layers:
         for override in overrides[node]:
             if override.activations is None:
@@ -177,7 +179,7 @@ def _insert_values(
             after = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
         with graph.graph.inserting_after(after):
             call = _call(graph, path, node, observe=True)
-        node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+        node.replace_all_uses_with(call, delete_user_cb=partial(is_not, call))
         created[node] = quantizer
     return created
 
@@ -207,7 +209,7 @@ def _repeat_after_moves(graph: fx.GraphModule) -> None:
             elif not any(quantizer_of(user) is not None for user in node.users):
                 with graph.graph.inserting_after(node):
                     call = _call(graph, path, node, observe=False)
-                node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+                node.replace_all_uses_with(call, delete_user_cb=partial(is_not, call))
                 grids[call] = path
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, NonFiniteError
+from ..grid.kernels import flat_view
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,12 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
         lo, hi = x.amin(dims), x.amax(dims)
     require_finite(lo, hi)
     return lo.float(), hi.float()
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """All elements as one axis, without a copy where the memory has no gaps; the order means nothing."""
+    flat = flat_view(x)
+    return x.reshape(-1) if flat is None else flat
 
 
 def require_finite(*values: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .statistics import Summary, extremes, nothing_seen, require_finite
+from .statistics import Summary, extremes, in_memory_order, nothing_seen, require_finite
 
 _LEAST_CAPACITY = 4096
 _SLACK = 4  # capacity over what is needed so far, where the final count is unknown
@@ -57,7 +57,7 @@ class Tails:
         """Take in ``x``."""
         if not x.numel():
             return
-        flat = x.detach().float().contiguous().view(-1)
+        flat = in_memory_order(x.detach().float())
         self.count += flat.numel()
         capacity = self._capacity()
         width = self._block_width(flat.numel(), capacity)

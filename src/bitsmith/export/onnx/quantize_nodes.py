@@ -134,10 +134,11 @@ def parameter_writer(builder: Builder, node: fx.Node, module: nn.Module) -> Call
     layer = module.layer if isinstance(module, QuantLayer) else module
 
     def write(name: str, *, transposed: bool = False, shape: tuple[int, ...] | None = None) -> str:
-        key = ("parameter", id(layer), name, transposed)
+        grid = parameter_grid(module, name)  # calls of one layer share its weight, but each has its own bias scale
+        scale = None if grid is None else grid.scale.cpu().numpy().tobytes()
+        key = ("parameter", id(layer), name, transposed, scale)
         if key not in builder.cache:
             tensor = getattr(layer, name).detach()
-            grid = parameter_grid(module, name)
             builder.cache[key] = emit_parameter(
                 builder, f"{node.target}.{name}", tensor, grid, transposed=transposed, shape=shape
             )
