@@ -58,9 +58,7 @@ def kernel_times(elements: int, rounds: int, with_compiled: bool) -> dict[str, f
     grid, fp8 = Grid(IntFormat(8), torch.tensor(SCALE)), Grid(FP8_E4M3, torch.tensor(SCALE))
     contenders: dict[str, Callable[[], object]] = {
         "clone": x.clone,
-        "torch.fake_quantize_per_tensor_affine": lambda: torch.fake_quantize_per_tensor_affine(
-            x, SCALE, 0, -128, 127
-        ),
+        "torch.fake_quantize_per_tensor_affine": lambda: torch.fake_quantize_per_tensor_affine(x, SCALE, 0, -128, 127),
         "elementwise formula": lambda: elementwise(x),
         "bitsmith eager": lambda: kernels.fake_quantize(x, grid),
         "bitsmith eager, in place": lambda: kernels.fake_quantize_(own, grid),
@@ -97,9 +95,7 @@ def statistic_times(elements: int, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print two tables, and write them as CSV where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 23)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)

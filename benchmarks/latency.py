@@ -200,9 +200,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Entry]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--file", nargs=3, action="append", required=True, metavar=("LABEL", "ENGINE", "PATH")
-    )
+    parser.add_argument("--file", nargs=3, action="append", required=True, metavar=("LABEL", "ENGINE", "PATH"))
     parser.add_argument("--baseline", help="the label that ratios are to (default: the first file)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)

@@ -50,7 +50,13 @@ def side_by_side(rivals: str | None, rounds: int, recipe: str = "int8") -> dict[
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         while "ready" not in process.stdout.readline():
             pass
-    times: dict[str, list[float]] = {"forward": [], "quantize": [], "calibrate": [], "capture": [], "brevitas": []}
+    times: dict[str, list[float]] = {
+        "forward": [],
+        "quantize": [],
+        "calibrate": [],
+        "capture": [],
+        "brevitas": [],
+    }
     for index in range(rounds + 1):
         forward = timed(forward_all, model, calibration)
         start = time.perf_counter()

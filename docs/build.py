@@ -19,7 +19,16 @@ def api() -> list[str]:
     for name in sorted(bitsmith._PUBLIC):
         value = getattr(bitsmith, name)
         signature = f"{name}{inspect.signature(value)}" if inspect.isfunction(value) else f"class {name}"
-        lines += [f"### `bitsmith.{name}`", "", "```python", signature, "```", "", inspect.getdoc(value) or "", ""]
+        lines += [
+            f"### `bitsmith.{name}`",
+            "",
+            "```python",
+            signature,
+            "```",
+            "",
+            inspect.getdoc(value) or "",
+            "",
+        ]
     return lines
 
 
@@ -33,7 +42,12 @@ def recipes() -> list[str]:
 
 def targets() -> list[str]:
     """The targets, one row each."""
-    lines = ["## Targets", "", "| name | what | engine | runs in integers | to the bit |", "|---|---|---|---|---|"]
+    lines = [
+        "## Targets",
+        "",
+        "| name | what | engine | runs in integers | to the bit |",
+        "|---|---|---|---|---|",
+    ]
     for target in list_targets():
         operators = ", ".join(sorted(target.integer_operators))
         exact = "yes" if target.exact else "within a bound"
@@ -52,7 +66,16 @@ def operators() -> list[str]:
 
 def main() -> None:
     """Write the page."""
-    text = ["# Reference", "", "Written by `make docs` from the code.", "", *api(), *recipes(), *targets(), *operators()]
+    text = [
+        "# Reference",
+        "",
+        "Written by `make docs` from the code.",
+        "",
+        *api(),
+        *recipes(),
+        *targets(),
+        *operators(),
+    ]
     (HERE / "reference.md").write_text("\n".join(text), encoding="utf-8")
 
 

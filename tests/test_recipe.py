@@ -68,9 +68,7 @@ specs = st.builds(
     format=formats,
     scale=st.sampled_from(["float32", "po2"]),
     granularity=st.sampled_from(["tensor", "channel"]),
-    range=st.builds(
-        RangeRule, name=st.sampled_from(["minmax", "percentile", "mse"]), percentile=st.floats(90, 100)
-    ),
+    range=st.builds(RangeRule, name=st.sampled_from(["minmax", "percentile", "mse"]), percentile=st.floats(90, 100)),
 )
 activation_specs = specs.filter(lambda spec: spec.granularity == "tensor")
 overrides = st.builds(
@@ -112,9 +110,7 @@ def test_yaml_is_written_as_people_write_it() -> None:
           - {match: "layer1.*", activations: {format: {exponent_bits: 4, mantissa_bits: 3, reserved: nan}}}
         """
     )
-    assert recipe.weights == TensorSpec(
-        format=IntFormat(4), granularity="channel", range=RangeRule(name="mse")
-    )
+    assert recipe.weights == TensorSpec(format=IntFormat(4), granularity="channel", range=RangeRule(name="mse"))
     assert [o.match for o in recipe.overrides] == ["first", "type:Linear", "layer1.*"]
     assert recipe.overrides[2].activations is not None
     assert recipe.overrides[2].activations.format == FP8_E4M3
@@ -197,9 +193,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("first", "first", "Linear", "middle", False),
     ],
 )
-def test_overrides_match_by_name_type_or_place(
-    match: str, name: str, kind: str, position: Any, applies: bool
-) -> None:
+def test_overrides_match_by_name_type_or_place(match: str, name: str, kind: str, position: Any, applies: bool) -> None:
     assert Override(match=match, exclude=True).applies(name, kind, position) is applies
 
 

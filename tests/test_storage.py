@@ -186,9 +186,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("fails_at", [STATE, RECIPE, MANIFEST])
-def test_an_interrupted_save_leaves_no_half_written_file(
-    fails_at: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_an_interrupted_save_leaves_no_half_written_file(fails_at: str, tmp_path: Path, monkeypatch: Any) -> None:
     q = bs.quantize(made(Residual), [images()])
     replace = files.os.replace
 

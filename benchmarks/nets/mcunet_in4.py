@@ -17,9 +17,7 @@ BLOCKS = (
 
 def conv(inp: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True):
     """A convolution with bias, and ReLU6 unless it is linear."""
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv", nn.Conv2d(inp, out, kernel, stride, kernel // 2, groups=groups))
-    ]
+    layers: list[tuple[str, nn.Module]] = [("conv", nn.Conv2d(inp, out, kernel, stride, kernel // 2, groups=groups))]
     if act:
         layers.append(("act", nn.ReLU6(inplace=True)))
     return nn.Sequential(OrderedDict(layers))

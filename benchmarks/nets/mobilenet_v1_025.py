@@ -21,9 +21,7 @@ class MobileNetV1(nn.Module):
         self.conv1_bn = nn.BatchNorm2d(channels, eps=BN_EPS)
         for k, width in enumerate(WIDTHS, 1):
             out, strided = int(width * alpha), k in STRIDED
-            dw = nn.Conv2d(
-                channels, channels, 3, 2 if strided else 1, 0 if strided else 1, groups=channels, bias=False
-            )
+            dw = nn.Conv2d(channels, channels, 3, 2 if strided else 1, 0 if strided else 1, groups=channels, bias=False)
             self.add_module(f"conv_dw_{k}", dw)
             self.add_module(f"conv_dw_{k}_bn", nn.BatchNorm2d(channels, eps=BN_EPS))
             self.add_module(f"conv_pw_{k}", nn.Conv2d(channels, out, 1, bias=False))

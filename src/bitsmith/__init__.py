@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .deployment import deploy
     from .errors import BitsmithError
     from .export import export_onnx, export_pt2
-    from .model import QuantizedModel
     from .flow import quantize
+    from .model import QuantizedModel
     from .recipe import Override, Recipe, load_recipe
     from .storage import load, save
     from .targets import Target, get_target, list_targets

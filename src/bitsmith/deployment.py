@@ -35,7 +35,9 @@ class Deployed:
         return f"Deployed({self.engine.name} {self.engine.version}, inputs={self.engine.inputs})"
 
 
-def deploy(q: QuantizedModel | str | Path, engine: EngineName = "onnxruntime", *, threads: int | None = None) -> Deployed:
+def deploy(
+    q: QuantizedModel | str | Path, engine: EngineName = "onnxruntime", *, threads: int | None = None
+) -> Deployed:
     """A callable that runs the quantized model, or an exported file, in ``engine``.
 
     >>> import bitsmith as bs

@@ -79,9 +79,7 @@ def prepare_output_dir(path: str | os.PathLike[str]) -> Path:
     """Create the folder if it is not there, and prove that files can be written into it."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(
-            f"the output folder {os.fspath(path)!r} is a file: name a folder, or remove the file first"
-        )
+        raise OutputError(f"the output folder {os.fspath(path)!r} is a file: name a folder, or remove the file first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permission bits do not tell (root, read-only mounts, quotas): only a write does.

@@ -23,7 +23,6 @@ from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
 from .targets import Target, get_target
 
-
 _TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and its mode was restored"
 
 
@@ -65,9 +64,7 @@ def quantize(
         except CaptureError as error:
             if recipe.placement != "layerwise":
                 raise
-            hooked = quantize_hooked(
-                model, batches, recipe, target, noise_samples=noise_samples, reason=str(error)
-            )
+            hooked = quantize_hooked(model, batches, recipe, target, noise_samples=noise_samples, reason=str(error))
             hooked.report.notes[:0] = [_TRAIN_MODE] if was_training else []
             return hooked
     clock.lap("capture")
@@ -112,9 +109,7 @@ def channels_last(graph: fx.GraphModule) -> None:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _resolve(
-    recipe: str | Path | Recipe, placement: PlacementName | None, overrides: Iterable[Override]
-) -> Recipe:
+def _resolve(recipe: str | Path | Recipe, placement: PlacementName | None, overrides: Iterable[Override]) -> Recipe:
     resolved = load_recipe(recipe)
     changes: dict[str, Any] = {}
     if placement is not None:

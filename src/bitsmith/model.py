@@ -25,7 +25,12 @@ class QuantizedModel(nn.Module):
     """
 
     def __init__(
-        self, graph: fx.GraphModule, recipe: Recipe, target: Target, report: Report, signature: inspect.Signature
+        self,
+        graph: fx.GraphModule,
+        recipe: Recipe,
+        target: Target,
+        report: Report,
+        signature: inspect.Signature,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -70,7 +75,7 @@ class QuantizedModel(nn.Module):
                 raise DataError(f"input {node.name!r} has shape {list(value.shape)}, but the model takes {shape}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModel:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._program = None
         return self
 

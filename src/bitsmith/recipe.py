@@ -34,14 +34,10 @@ class Override(BaseModel):
     @model_validator(mode="after")
     def _does_something(self) -> Override:
         if not self.exclude and not (self.weights or self.activations or self.bias):
-            raise ValueError(
-                f"override {self.match!r} changes nothing: give exclude, weights, activations or bias"
-            )
+            raise ValueError(f"override {self.match!r} changes nothing: give exclude, weights, activations or bias")
         return self
 
-    def applies(
-        self, name: str, type_name: str, position: Literal["first", "middle", "last", "only"]
-    ) -> bool:
+    def applies(self, name: str, type_name: str, position: Literal["first", "middle", "last", "only"]) -> bool:
         """Whether a layer of this name, type and place in the graph is meant."""
         if self.match in ("first", "last"):
             return position in (self.match, "only")
@@ -108,15 +104,11 @@ class Recipe(BaseModel):
         except yaml.YAMLError as error:
             raise RecipeError(f"{source} is not YAML: {error}") from error
         if not isinstance(data, dict):
-            raise RecipeError(
-                f"{source} must be a mapping with weights, activations ..., not {type(data).__name__}"
-            )
+            raise RecipeError(f"{source} must be a mapping with weights, activations ..., not {type(data).__name__}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()
-            )
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
             raise RecipeError(f"{source} is not valid: {problems}") from error
 
 
@@ -136,9 +128,7 @@ def bits_recipe(
         symmetric=symmetric,
         range=RangeRule(name="percentile" if activation_bits <= 8 else "minmax"),
     )
-    return Recipe(
-        name=name or f"w{weight_bits}a{activation_bits}", weights=weights, activations=activations, **fields
-    )
+    return Recipe(name=name or f"w{weight_bits}a{activation_bits}", weights=weights, activations=activations, **fields)
 
 
 def _fp8() -> Recipe:

@@ -174,7 +174,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"the model in {folder} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:
         raise CheckpointError(f"{folder / MANIFEST} is not of version {_VERSION}: it was written by another Bitsmith")
-    if absent := [key for key in ("target", "inputs", "quantizers", "report") if not isinstance(manifest.get(key), dict)]:
+    if absent := [
+        key for key in ("target", "inputs", "quantizers", "report") if not isinstance(manifest.get(key), dict)
+    ]:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {', '.join(absent)}")
     return manifest, state
 

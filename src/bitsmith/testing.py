@@ -70,9 +70,7 @@ def check_range_rule(rule: Rule, name: str = "the rule") -> None:
             spec = TensorSpec(format=fmt, symmetric=symmetric)
             grid = _grid(rule, spec, data[:9_000], data[9_000:])
             error = (fake_quantize(data, grid) - data).square().mean() / data.square().mean()
-            assert error < (0.05 if fmt.bits == 4 else 0.01), (
-                f"{name}: relative error {float(error):.3f} with {fmt}"
-            )
+            assert error < (0.05 if fmt.bits == 4 else 0.01), f"{name}: relative error {float(error):.3f} with {fmt}"
     spec = TensorSpec(format=IntFormat(8))
     once, eightfold = (float(_grid(rule, spec, data * factor).scale) for factor in (1.0, 8.0))
     assert math.isclose(eightfold, 8 * once, rel_tol=1e-6), f"{name} does not follow the scale of the data"
@@ -82,9 +80,7 @@ def check_range_rule(rule: Rule, name: str = "the rule") -> None:
     lo, hi = rule.range(one.merge(two).finish(), spec, False)
     together = _grid(rule, spec, data, data * 2).scale
     merged = solve_grid(lo, hi, spec).scale
-    assert math.isclose(float(merged), float(together), rel_tol=1e-6), (
-        f"{name}: merging differs from watching both"
-    )
+    assert math.isclose(float(merged), float(together), rel_tol=1e-6), f"{name}: merging differs from watching both"
     for bad, error_type in ((torch.tensor([1.0, float("nan")]), NonFiniteError), (None, CalibrationError)):
         try:
             _grid(rule, spec, *([] if bad is None else [bad]))
@@ -147,9 +143,7 @@ def _check_refusals(target: Target) -> None:
         for role, widths in (("weights", target.weight_bits), ("activations", target.activation_bits)):
             scale = target.scales[0]
             recipe = Recipe(**{role: TensorSpec(format=IntFormat(bits), scale=scale)})
-            assert _takes(target, recipe) == (bits in widths), (
-                f"{role} of {bits} bits: check() disagrees with the data"
-            )
+            assert _takes(target, recipe) == (bits in widths), f"{role} of {bits} bits: check() disagrees with the data"
 
 
 def _check_grids(q: QuantizedModel) -> None:
@@ -158,9 +152,7 @@ def _check_grids(q: QuantizedModel) -> None:
         if not isinstance(quantizer, Quantizer):
             continue
         grid = quantizer.require_grid()
-        assert bool((grid.scale > 0).all() & grid.scale.isfinite().all()), (
-            f"the scale of {name} is {grid.scale}"
-        )
+        assert bool((grid.scale > 0).all() & grid.scale.isfinite().all()), f"the scale of {name} is {grid.scale}"
         if not isinstance(grid.format, IntFormat) or name.endswith("bias_quantizer"):
             continue
         is_weight = name.endswith("weight_quantizer")

@@ -23,9 +23,7 @@ def samples(*shape: int) -> Tensor:
 def seeded(net: nn.Module) -> nn.Module:
     for index, parameter in enumerate(net.parameters()):
         with torch.no_grad():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.3
-            )
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.3)
     return net
 
 
@@ -40,9 +38,7 @@ LAYERS = {
 @pytest.mark.parametrize("recipe", ["int8", "int8-tensor", "int8-po2", "int16"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_scale_of_a_bias_is_that_of_its_products(name: str, recipe: str) -> None:
-    q = bs.quantize(
-        seeded(nn.Sequential(LAYERS[name])), [samples(16, 4, 6, 6)], recipe=recipe, target="generic"
-    )
+    q = bs.quantize(seeded(nn.Sequential(LAYERS[name])), [samples(16, 4, 6, 6)], recipe=recipe, target="generic")
     (layer,) = quant_layers(q)
     s_x = next(m.scale for n, m in q.graph.named_modules() if n.startswith("quantizers."))
     weights, bias = layer.weight_quantizer.scale, layer.bias_quantizer.scale  # type: ignore[union-attr]

@@ -110,9 +110,7 @@ def test_nothing_that_was_on_a_grid_clips_afterwards(
     grids = [
         affine(lo, hi, scale=scale)
         if name == "affine"
-        else symmetric(
-            hi, scale=scale, unsigned_codes=name == "unsigned codes", non_negative=name == "non-negative"
-        )
+        else symmetric(hi, scale=scale, unsigned_codes=name == "unsigned codes", non_negative=name == "non-negative")
         for (lo, hi), name in drawn
     ]
     for before, after in zip(grids, join_grids(grids, kind)):

@@ -45,9 +45,7 @@ REPORT = Report(
     samples=20,
     coverage=Coverage(total_macs=1000, quantized_macs=1000, integer_macs=900, float_layers=["linear"]),
     layers=[
-        LayerReport(
-            name="conv1", type="Conv2d", weight_bits=8, input_bits=8, macs=900, integer=True, sqnr_db=41.5
-        ),
+        LayerReport(name="conv1", type="Conv2d", weight_bits=8, input_bits=8, macs=900, integer=True, sqnr_db=41.5),
         LayerReport(name="linear", type="Linear", macs=100, sqnr_db=12.25, note="left in float"),
     ],
 )
@@ -76,9 +74,7 @@ class Quantized(nn.Module):
 @pytest.fixture(scope="module")
 def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's net as ONNX."""
-    return export_float_onnx(
-        digits_net(), (torch.zeros(2, 1, 8, 8),), tmp_path_factory.mktemp("f") / "f.onnx"
-    )
+    return export_float_onnx(digits_net(), (torch.zeros(2, 1, 8, 8),), tmp_path_factory.mktemp("f") / "f.onnx")
 
 
 @pytest.fixture
@@ -138,9 +134,7 @@ def flat(text: str) -> str:
     return re.sub(r"[\s│┃]+", " ", text)
 
 
-def test_quantize_writes_everything_and_prints_the_table(
-    calls: dict[str, Any], arrays: str, tmp_path: Path
-) -> None:
+def test_quantize_writes_everything_and_prints_the_table(calls: dict[str, Any], arrays: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
         *(
@@ -201,9 +195,7 @@ def test_a_failed_certificate_is_exit_status_3(calls: dict[str, Any], arrays: st
     assert "FAILED" in verified.stdout
 
 
-def test_without_validation_data_the_labels_prove_nothing(
-    calls: dict[str, Any], arrays: str, tmp_path: Path
-) -> None:
+def test_without_validation_data_the_labels_prove_nothing(calls: dict[str, Any], arrays: str, tmp_path: Path) -> None:
     result = run(
         *(
             "quantize",
@@ -222,9 +214,7 @@ def test_without_validation_data_the_labels_prove_nothing(
     assert "no validation data" in flat(result.stdout)
 
 
-def test_evaluate_writes_nothing_and_shows_every_layer(
-    calls: dict[str, Any], arrays: str, tmp_path: Path
-) -> None:
+def test_evaluate_writes_nothing_and_shows_every_layer(calls: dict[str, Any], arrays: str, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     result = run("evaluate", "bitsmith.demo:digits_net", "--calibration", arrays, "--validation", arrays,
                  "--calibration-samples", "20")  # fmt: skip
@@ -295,9 +285,7 @@ def test_a_failure_in_the_middle_leaves_no_output(
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.onnx").write_text("old")
-    result = run(
-        "quantize", "bitsmith.demo:digits_net", "--calibration", arrays, "-o", str(out), "--no-latency"
-    )
+    result = run("quantize", "bitsmith.demo:digits_net", "--calibration", arrays, "-o", str(out), "--no-latency")
     assert result.exit_code == 1
     assert [p.name for p in out.iterdir()] == ["model.onnx"]
     assert (out / "model.onnx").read_text() == "old"

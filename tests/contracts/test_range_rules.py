@@ -63,9 +63,7 @@ def test_activation_rules_make_good_grids(rule: str, fmt: Format) -> None:
 def test_activation_rules_follow_the_scale_of_the_data(rule: str) -> None:
     """Eight times the values: eight times the scale, exactly, as a power of two changes no rounding."""
     spec = spec_of(rule, IntFormat(8))
-    assert watched(spec, data() * 8).scale.item() == pytest.approx(
-        8 * watched(spec, data()).scale.item(), rel=1e-6
-    )
+    assert watched(spec, data() * 8).scale.item() == pytest.approx(8 * watched(spec, data()).scale.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", ACTIVATION_RULES)

@@ -73,12 +73,8 @@ def test_preprocessing_is_that_of_torchvision(tmp_path: Path) -> None:
     assert np.allclose(image.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((40, 20), (20, 10)), ((20, 40), (10, 20)), ((5, 7), (10, 14))]
-)
-def test_the_shorter_side_is_resized(
-    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(("size", "expected"), [((40, 20), (20, 10)), ((20, 40), (10, 20)), ((5, 7), (10, 14))])
+def test_the_shorter_side_is_resized(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     Image.new("RGB", size).save(tmp_path / "a.png")
     read = Preprocess(resize=10, crop=0).read(tmp_path / "a.png")
     assert (read.shape[2], read.shape[1]) == expected

@@ -41,9 +41,7 @@ def test_agreement_and_sqnr_compare_with_the_reference() -> None:
     assert found.agreement == 75.0
     assert found.top1 is None
     signal, error = scores_for([1, 2, 3, 4]).double(), (noisy - scores_for([1, 2, 3, 4])).double()
-    assert found.sqnr_db == pytest.approx(
-        10 * torch.log10(signal.square().sum() / error.square().sum()).item()
-    )
+    assert found.sqnr_db == pytest.approx(10 * torch.log10(signal.square().sum() / error.square().sum()).item())
     assert found.mse == pytest.approx(error.square().mean().item())
 
 
@@ -78,9 +76,7 @@ def test_a_full_recorder_falls_back_to_the_model() -> None:
 
 
 def test_the_users_metric_is_averaged_over_samples(tmp_path: Path) -> None:
-    (tmp_path / "m.py").write_text(
-        "def mae(outputs, targets):\n    return (outputs - targets).abs().mean()\n"
-    )
+    (tmp_path / "m.py").write_text("def mae(outputs, targets):\n    return (outputs - targets).abs().mean()\n")
     data = ArrayData(torch.tensor([[1.0], [2.0], [6.0]]), torch.zeros(3, 1), batch=2)
     found = evaluate(lambda x: x, data, metric=load_metric(f"{tmp_path / 'm.py'}:mae"))
     assert found.metric == pytest.approx(3.0)
@@ -125,9 +121,7 @@ def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_says_what_is_done(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_says_what_is_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert list(progress(range(3), "calibrating", enabled=True)) == [0, 1, 2]
     assert "calibrating" in capsys.readouterr().err

@@ -122,9 +122,7 @@ def test_torchvision_without_its_operators_names_the_fix() -> None:
     lines = out.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert line.startswith(
-            "MissingExtraError torchvision's compiled operators are missing or do not match"
-        )
+        assert line.startswith("MissingExtraError torchvision's compiled operators are missing or do not match")
         assert "pip install" in line
 
 

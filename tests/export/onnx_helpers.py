@@ -51,9 +51,7 @@ def optimized_ops(model: onnx.ModelProto, folder: Path) -> list[str]:
     options = _options()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [
-        node.op_type for node in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node
-    ]
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node]
 
 
 def symmetric_grid(tensor: Tensor, bits: int = 8, axis: int | None = 0, group: int | None = None) -> Grid:
@@ -118,11 +116,7 @@ def quantized_graph(
             continue
         reader = next(iter(node.users), None)
         name = str(node.target)
-        if (
-            len(node.users) == 1
-            and reader is not None
-            and any(f"aten.{f}." in str(reader.target) for f in FUSED)
-        ):
+        if len(node.users) == 1 and reader is not None and any(f"aten.{f}." in str(reader.target) for f in FUSED):
             continue
         if any(f in name for f in float_ops):
             continue
@@ -134,9 +128,7 @@ def quantized_graph(
             path = known[source]
         else:
             path = f"{node.name}_quantizer"
-            graph.add_submodule(
-                path, quantizer(range_grid(*recorder.ranges[node.name], bits=bits, signed=signed))
-            )
+            graph.add_submodule(path, quantizer(range_grid(*recorder.ranges[node.name], bits=bits, signed=signed)))
         with graph.graph.inserting_after(node):
             call = graph.graph.call_module(path, (node,))
         call.meta = dict(node.meta)

@@ -166,9 +166,7 @@ def test_weight_codes_are_the_grids_codes() -> None:
     layer = graph.conv1
     stored = {t.name: t for t in build_onnx(graph).graph.initializer}
     codes = numpy_helper.to_array(stored["conv1.weight"])
-    expected = np.rint(
-        layer.weight.detach().numpy() / layer.weight_quantizer.scale.numpy().reshape(-1, 1, 1, 1)
-    )
+    expected = np.rint(layer.weight.detach().numpy() / layer.weight_quantizer.scale.numpy().reshape(-1, 1, 1, 1))
     assert np.array_equal(codes, expected.astype(np.int8))
 
 
@@ -265,9 +263,7 @@ SIGNED = Grid(IntFormat(8), torch.tensor(1 / 128), None)
         (lambda x: x.clamp(min=0.0), UNSIGNED, "Relu"),
     ],
 )
-def test_a_clamp_is_left_out_where_the_quantizer_saturates_anyway(
-    function: Any, grid: Grid, expected: str
-) -> None:
+def test_a_clamp_is_left_out_where_the_quantizer_saturates_anyway(function: Any, grid: Grid, expected: str) -> None:
     graph = on_edge(function, grid)
     file = build_onnx(graph)
     assert op_types(file) == ([expected] if expected else []) + ["QuantizeLinear", "DequantizeLinear"]
@@ -284,9 +280,7 @@ def test_the_same_quantizer_twice_in_a_row_is_written_once() -> None:
 def test_fp8(fmt: FloatFormat) -> None:
     graph = on_edge(torch.tanh, Grid(fmt, torch.tensor(0.01), None))
     x = torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(
-        run_onnx(build_onnx(graph, opset=19), x), simulate(graph, x), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(run_onnx(build_onnx(graph, opset=19), x), simulate(graph, x), atol=1e-6, rtol=0)
     with pytest.raises(ExportError, match="opset 19"):
         build_onnx(graph, opset=18)
 

@@ -61,9 +61,9 @@ def representable(fmt: FloatFormat) -> list[float]:
     return values
 
 
-int_formats = st.builds(
-    IntFormat, bits=st.integers(2, 32), signed=st.booleans(), narrow=st.booleans()
-) | st.just(IntFormat(1, signed=False))
+int_formats = st.builds(IntFormat, bits=st.integers(2, 32), signed=st.booleans(), narrow=st.booleans()) | st.just(
+    IntFormat(1, signed=False)
+)
 scales = st.floats(2.0**-30, 2.0**30, width=32)
 
 
@@ -179,9 +179,7 @@ def test_per_group_even_with_a_shorter_last_group(axis: int, size: int) -> None:
     groups[axis] = -(-x.shape[axis] // size)
     scale = torch.rand(groups) + 0.1
     zero = torch.randint(0, 16, groups, dtype=torch.int32)
-    wide_scale, wide_zero = (
-        t.repeat_interleave(size, axis).narrow(axis, 0, x.shape[axis]) for t in (scale, zero)
-    )
+    wide_scale, wide_zero = (t.repeat_interleave(size, axis).narrow(axis, 0, x.shape[axis]) for t in (scale, zero))
     grid = Grid(fmt, scale, zero, axis, size)
     expected = by_hand(x, wide_scale, wide_zero, fmt)
     assert torch.equal(fake_quantize(x, grid), expected)
@@ -195,9 +193,7 @@ def test_a_scale_that_does_not_fit_is_refused_in_words() -> None:
 
 @pytest.mark.parametrize("zero", [None, 3])
 def test_gradient_is_straight_through_where_not_clipped(zero: int | None) -> None:
-    grid = Grid(
-        IntFormat(4), torch.tensor(0.5), None if zero is None else torch.tensor(zero, dtype=torch.int32)
-    )
+    grid = Grid(IntFormat(4), torch.tensor(0.5), None if zero is None else torch.tensor(zero, dtype=torch.int32))
     low, high = (-8 - (zero or 0)) * 0.5, (7 - (zero or 0)) * 0.5
     x = torch.tensor([low - 0.3, low - 0.2, low, 0.1, high, high + 0.2, high + 0.3], requires_grad=True)
     upstream = torch.arange(1.0, 8.0)
@@ -254,9 +250,7 @@ class RoundTrip(torch.nn.Module):
     "grid",
     [
         Grid(IntFormat(8), torch.tensor(0.1)),
-        Grid(
-            IntFormat(4, signed=False), torch.tensor([0.1, 0.2]), torch.tensor([3, 4], dtype=torch.int32), 0
-        ),
+        Grid(IntFormat(4, signed=False), torch.tensor([0.1, 0.2]), torch.tensor([3, 4], dtype=torch.int32), 0),
         Grid(FP8_E4M3, torch.tensor(0.1)),
     ],
     ids=["tensor", "channel", "fp8"],

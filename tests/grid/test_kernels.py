@@ -33,9 +33,7 @@ def definition(x: Tensor, grid: Grid) -> Tensor:
         mantissa, exponent = torch.frexp(ratio.double())
         least = (exponent - 1).clamp(min=grid.format.min_exponent) - grid.format.mantissa_bits
         step = torch.ldexp(torch.ones_like(mantissa), least)
-        value = (torch.round(ratio.double() / step) * step).clamp(
-            -grid.format.max_value, grid.format.max_value
-        )
+        value = (torch.round(ratio.double() / step) * step).clamp(-grid.format.max_value, grid.format.max_value)
         return value.float() * scale
     offset = 0.0 if zero is None else zero.double()
     code = (ratio.double().round() + offset).clamp(grid.format.qmin, grid.format.qmax)

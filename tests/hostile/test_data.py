@@ -58,9 +58,7 @@ def test_unreadable_images_are_counted_and_the_first_is_named(tmp_path: Path) ->
         list(load_data(str(tmp_path), preprocess=SMALL, batch=2))
 
 
-def test_an_image_that_would_fill_the_memory_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     picture(tmp_path / "cat" / "bomb.png", (32, 32))
     with pytest.raises(DataError, match="1 of 1 images cannot be read"):
@@ -135,9 +133,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, suffix: str, keep: float) 
         ),
     ],
 )
-def test_arrays_that_are_no_data_are_explained(
-    tmp_path: Path, arrays: dict[str, np.ndarray], words: str
-) -> None:
+def test_arrays_that_are_no_data_are_explained(tmp_path: Path, arrays: dict[str, np.ndarray], words: str) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=words):
         load_data(str(tmp_path / "a.npz"))

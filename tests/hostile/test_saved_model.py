@@ -69,30 +69,20 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no target": lambda f: edit(f, lambda m: m.pop("target")),
     "a target with unknown fields": lambda f: edit(f, lambda m: m["target"].update(command="rm -rf /")),
     "a report of another kind": lambda f: edit(f, lambda m: m.update(report={"layers": 3})),
-    "a format of 99 bits": lambda f: edit(
-        f, lambda m: m["quantizers"]["quantizers.input_1"]["format"].update(bits=99)
-    ),
-    "a quantizer without a format": lambda f: edit(
-        f, lambda m: m["quantizers"].update({"quantizers.input_1": {}})
-    ),
+    "a format of 99 bits": lambda f: edit(f, lambda m: m["quantizers"]["quantizers.input_1"]["format"].update(bits=99)),
+    "a quantizer without a format": lambda f: edit(f, lambda m: m["quantizers"].update({"quantizers.input_1": {}})),
     "a quantizer that is forgotten": lambda f: edit(f, lambda m: m["quantizers"].pop("quantizers.input_1")),
     "an input of a petabyte": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(shape=[2, 10**15])),
     "an input of negative size": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(shape=[-2, 4])),
-    "an input with text for a shape": lambda f: edit(
-        f, lambda m: m["inputs"]["leaves"][0].update(shape="wide")
-    ),
-    "an input of a type that is a function": lambda f: edit(
-        f, lambda m: m["inputs"]["leaves"][0].update(dtype="load")
-    ),
+    "an input with text for a shape": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(shape="wide")),
+    "an input of a type that is a function": lambda f: edit(f, lambda m: m["inputs"]["leaves"][0].update(dtype="load")),
     "fewer inputs than the structure has": lambda f: edit(f, lambda m: m["inputs"].update(leaves=[])),
     "no structure": lambda f: edit(f, lambda m: m["inputs"].pop("structure")),
     "a structure of numbers": lambda f: edit(f, lambda m: m["inputs"].update(structure="[1, 2]")),
     "a structure of an unknown type": lambda f: edit(
         f, lambda m: m["inputs"].update(structure=structure("os.system", "null"))
     ),
-    "a scale that is not a number": lambda f: edit_state(
-        f, quantizers__input_1__scale=torch.tensor(float("nan"))
-    ),
+    "a scale that is not a number": lambda f: edit_state(f, quantizers__input_1__scale=torch.tensor(float("nan"))),
     "a scale of zero": lambda f: edit_state(f, quantizers__input_1__scale=torch.tensor(0.0)),
     "a scale in integers": lambda f: edit_state(f, quantizers__input_1__scale=torch.tensor(1)),
     "several scales for one tensor": lambda f: edit_state(f, quantizers__input_1__scale=torch.ones(4)),

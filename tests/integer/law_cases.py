@@ -122,9 +122,7 @@ def _binary(*factors: float, product: bool) -> Callable[[Random, list[np.float32
     def draw(rng: Random, s: list[np.float32]) -> Case:
         shape_a, shape_b = BROADCASTS[rng.integers(len(BROADCASTS))]
         base = s[0] * s[1] if product else max(s[0], s[1])
-        return Case(
-            [operand(rng, s[0], *shape_a), operand(rng, s[1], *shape_b)], *_output(rng, base, *factors)
-        )
+        return Case([operand(rng, s[0], *shape_a), operand(rng, s[1], *shape_b)], *_output(rng, base, *factors))
 
     return draw
 

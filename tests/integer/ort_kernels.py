@@ -87,9 +87,7 @@ def _graph(
         s = np.float32(operands[0].scale) * np.asarray(operands[1].scale, dtype=np.float32)
         grid = [constant("s_b", s, np.float32)]
         axis = {"axis": 0} if s.ndim else {}
-        nodes.append(
-            helper.make_node("DequantizeLinear", [constant("b", bias, np.int32), *grid], ["r_b"], **axis)
-        )
+        nodes.append(helper.make_node("DequantizeLinear", [constant("b", bias, np.int32), *grid], ["r_b"], **axis))
         names.append("r_b")
     nodes.append(helper.make_node(op, names, ["real"], **attributes))
     output, kind = "real", TensorProto.FLOAT

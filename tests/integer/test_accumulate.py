@@ -28,15 +28,13 @@ def numpy_conv(x: Array, w: Array, layer: Any) -> Array:
     pads = [(0, 0), (0, 0), *((p, p) for p in layer.padding)]
     x, groups, rank = np.pad(x, pads), layer.groups, x.ndim - 2
     sizes = [
-        (x.shape[2 + i] - layer.dilation[i] * (w.shape[2 + i] - 1) - 1) // layer.stride[i] + 1
-        for i in range(rank)
+        (x.shape[2 + i] - layer.dilation[i] * (w.shape[2 + i] - 1) - 1) // layer.stride[i] + 1 for i in range(rank)
     ]
     outs, ins = w.shape[0] // groups, w.shape[1]
     result = np.zeros((x.shape[0], w.shape[0], *sizes), dtype=np.int64)
     for offset in itertools.product(*map(range, w.shape[2:])):
         window = tuple(
-            slice(o * d, o * d + s * (n - 1) + 1, s)
-            for o, d, s, n in zip(offset, layer.dilation, layer.stride, sizes)
+            slice(o * d, o * d + s * (n - 1) + 1, s) for o, d, s, n in zip(offset, layer.dilation, layer.stride, sizes)
         )
         for g in range(groups):
             piece, rows = (
@@ -52,10 +50,7 @@ def numpy_conv_transpose(x: Array, w: Array, layer: Any) -> Array:
     """Transposed convolution by its definition, in int64: inputs scattered over the outputs they reach."""
     groups, rank = layer.groups, x.ndim - 2
     full = [
-        (x.shape[2 + i] - 1) * layer.stride[i]
-        + layer.dilation[i] * (w.shape[2 + i] - 1)
-        + 1
-        + layer.output_padding[i]
+        (x.shape[2 + i] - 1) * layer.stride[i] + layer.dilation[i] * (w.shape[2 + i] - 1) + 1 + layer.output_padding[i]
         for i in range(rank)
     ]
     ins, outs = w.shape[0] // groups, w.shape[1]
@@ -148,9 +143,7 @@ def test_sums_past_2_to_the_24_are_still_exact() -> None:
     st.integers(1, 255),
     st.integers(-(2**31), 2**31 - 1),
 )
-def test_the_bound_is_reached_by_the_worst_input_and_never_passed(
-    row: list[int], largest: int, bias: int
-) -> None:
+def test_the_bound_is_reached_by_the_worst_input_and_never_passed(row: list[int], largest: int, bias: int) -> None:
     w, b = torch.tensor([row], dtype=torch.int32), torch.tensor([bias])
     worst = sum(abs(value) * largest for value in row) + abs(bias)
     assert accumulator_bound(w, largest, b, 0) == worst

@@ -22,9 +22,7 @@ def has_vnni() -> bool:
         return "vnni" in file.read()
 
 
-needs_vnni = pytest.mark.skipif(
-    not has_vnni(), reason="without VNNI onnxruntime saturates u8 x s8 products in 16 bits"
-)
+needs_vnni = pytest.mark.skipif(not has_vnni(), reason="without VNNI onnxruntime saturates u8 x s8 products in 16 bits")
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -126,9 +124,7 @@ def test_an_add_beside_convolutions_is_one_of_channels_last_tensors(
     for kind in range(5):
         s, zeros = draw_scales(rng, kind), [int(z) for z in rng.integers(0, 256, 3)]
         grids = [grid_of(np.uint8, scale, z) for scale, z in zip([s[0], s[1], max(s)], zeros)]
-        a, b = (
-            torch.from_numpy(codes(rng, *shape).astype(np.float32) - z) for shape, z in zip(shapes, zeros)
-        )
+        a, b = (torch.from_numpy(codes(rng, *shape).astype(np.float32) - z) for shape, z in zip(shapes, zeros))
         a4, b4 = (x.view([1] * (4 - x.ndim) + list(x.shape)).permute(0, 2, 3, 1) for x in (a, b))
         found = laws.add(a, b, *grids, torch.float32, channels_last=True)
         assert torch.equal(found.permute(0, 2, 3, 1), laws.add(a4, b4, *grids, torch.float32))

@@ -106,9 +106,7 @@ def test_carriers_agree_for_every_integer_recipe(name: str) -> None:
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "torch", "generic"])
 @pytest.mark.parametrize("placement", ["runtime", "fx", "layerwise", "flexml"])
 @pytest.mark.parametrize("net", [Residual, Everything])
-def test_carriers_agree_for_every_placement_and_target(
-    net: type[nn.Module], placement: Any, target: str
-) -> None:
+def test_carriers_agree_for_every_placement_and_target(net: type[nn.Module], placement: Any, target: str) -> None:
     q = bs.quantize(seeded(net), [images(16)], placement=placement, target=target)
     assert_carriers_agree(q, images(8, seed=1))
 

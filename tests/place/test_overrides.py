@@ -114,9 +114,7 @@ def test_an_override_that_matches_nothing_lists_the_layers() -> None:
 
 class TestCoverage:
     def test_a_model_without_compute_layers_is_refused(self) -> None:
-        with pytest.raises(
-            PlacementError, match=r"nothing would be quantized.*zero of its multiply-accumulates"
-        ):
+        with pytest.raises(PlacementError, match=r"nothing would be quantized.*zero of its multiply-accumulates"):
             placed(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
 
     def test_excluding_everything_is_refused(self) -> None:
@@ -141,9 +139,7 @@ class TestCoverage:
                 x = self.conv(x)
                 return F.conv2d(x, x.mean((0, 2, 3)).view(3, 1, 1, 1) * self.scale, groups=3)
 
-        with pytest.raises(
-            UnsupportedOperatorError, match=r"conv2d_1 \(conv\).*computed at run time.*exclude: true"
-        ):
+        with pytest.raises(UnsupportedOperatorError, match=r"conv2d_1 \(conv\).*computed at run time.*exclude: true"):
             placed(Dynamic(), placement)
         graph, _ = placed(Dynamic(), placement, overrides=(Override(match="conv2d_1", exclude=True),))
         assert weight_bits(graph) == {"conv": 8}

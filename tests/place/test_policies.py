@@ -84,8 +84,7 @@ def test_layerwise_quantizes_inputs_and_weights_of_compute_layers_alone(net: typ
 def test_layerwise_gives_each_reader_a_quantizer_of_its_own() -> None:
     graph, _ = placed(Concat, "layerwise")
     left, right = (
-        next(quantizer_of(n.args[0]) for n in graph.graph.nodes if n.name == name)
-        for name in ("left", "right")
+        next(quantizer_of(n.args[0]) for n in graph.graph.nodes if n.name == name) for name in ("left", "right")
     )
     assert left is not None
     assert left is not right
@@ -141,11 +140,7 @@ def test_operators_between_quantized_values_read_codes() -> None:
 def test_a_relu_module_used_twice_has_two_quantizers() -> None:
     graph, _ = placed(Residual, "runtime")
     first, second = (
-        next(
-            quantizer_of(n)
-            for n in graph.graph.nodes
-            if quantizer_of(n) is not None and str(n.args[0]) == name
-        )
+        next(quantizer_of(n) for n in graph.graph.nodes if quantizer_of(n) is not None and str(n.args[0]) == name)
         for name in ("relu", "relu_1")
     )
     assert first is not second
@@ -215,11 +210,7 @@ def test_what_only_moves_elements_keeps_its_codes() -> None:
     """A max pool and a reshape: the same Quantizer stands behind each, so that runtimes keep the integers."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 2))
     graph, _ = placed(net, "runtime")
-    behind = [
-        n
-        for n in graph.graph.nodes
-        if n.name in ("relu_quantized", "max_pool2d_quantized", "flatten_quantized")
-    ]
+    behind = [n for n in graph.graph.nodes if n.name in ("relu_quantized", "max_pool2d_quantized", "flatten_quantized")]
     assert len(behind) == 3
     assert len({id(quantizer_of(n)) for n in behind}) == 1
     assert [n.meta["observe"] for n in behind] == [True, False, False]

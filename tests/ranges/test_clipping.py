@@ -32,9 +32,7 @@ def test_mse_is_as_good_as_a_brute_force_search_over_the_data(bits: int, symmetr
     lo, hi = mse(statistic.finish(), spec)
     low, high = float(x.min()), float(x.max())
     fractions = np.arange(1, 41) / 40
-    pairs = (
-        [(f, f) for f in fractions] if symmetric else [(f, g) for f in fractions[::2] for g in fractions[::2]]
-    )
+    pairs = [(f, f) for f in fractions] if symmetric else [(f, g) for f in fractions[::2] for g in fractions[::2]]
     best = min(error(x, low * f, high * g, spec) for f, g in pairs)
     assert error(x, float(lo), float(hi), spec) <= best * 1.02
     assert error(x, float(lo), float(hi), spec) <= error(x, low, high, spec)

@@ -66,9 +66,7 @@ def test_a_po2_scale_rounded_up_clips_neither_end_and_is_the_least_that_does(
 ) -> None:
     assume(max(lo, hi) / min(lo, hi) < 1e6)
     for symmetric in (True, False):
-        spec = TensorSpec(
-            format=IntFormat(bits, narrow=narrow), symmetric=symmetric, scale="po2", granularity="tensor"
-        )
+        spec = TensorSpec(format=IntFormat(bits, narrow=narrow), symmetric=symmetric, scale="po2", granularity="tensor")
         grid = solve_grid(-lo, hi, spec)
         zero = 0 if grid.zero_point is None else int(grid.zero_point)
         fmt = grid.format

@@ -80,9 +80,7 @@ def test_mse_is_never_worse_than_minmax_nor_than_brute_force(bits: int, options:
     widest = weight_grid(w, spec_of("minmax", fmt, **options))
     assert bool((found <= squared(w, widest) * (1 + 1e-6)).all())
     if not options:
-        best = torch.stack([squared(w, Grid(fmt, widest.scale * i / 80, axis=0)) for i in range(1, 81)]).amin(
-            0
-        )
+        best = torch.stack([squared(w, Grid(fmt, widest.scale * i / 80, axis=0)) for i in range(1, 81)]).amin(0)
         assert bool((found <= best * (1 + 1e-6)).all())
 
 
@@ -130,9 +128,7 @@ def test_pieces_and_dead_channels_do_not_change_a_large_weight(rule: str) -> Non
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(
-    "options", [{}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 2}])
 def test_a_weight_of_zeros_is_legal(rule: str, options: dict[str, Any]) -> None:
     w = torch.zeros(4, 6)
     grid = weight_grid(w, spec_of(rule, **options))

@@ -19,15 +19,11 @@ def shown(what: object, width: int = 80) -> str:
 
 def layer(name: str, sqnr: float | None, note: str = "") -> LayerReport:
     """A convolution."""
-    return LayerReport(
-        name=name, type="Conv2d", weight_bits=8, macs=10, integer=True, sqnr_db=sqnr, note=note
-    )
+    return LayerReport(name=name, type="Conv2d", weight_bits=8, macs=10, integer=True, sqnr_db=sqnr, note=note)
 
 
 def test_the_weakest_layers_are_marked() -> None:
-    report = Report(
-        layers=[layer("a", 30.0), layer("b", 10.0), layer("c", None), layer("d", 20.0), layer("e", 40.0)]
-    )
+    report = Report(layers=[layer("a", 30.0), layer("b", 10.0), layer("c", None), layer("d", 20.0), layer("e", 40.0)])
     marked = [line.split()[0] for line in shown(report_view(report)).splitlines() if "weakest" in line]
     assert marked == ["a", "b", "d"]
 

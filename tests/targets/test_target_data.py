@@ -73,9 +73,7 @@ def grid(bits: int) -> Grid:
         ("linear", [grid(8), grid(8)], False),
     ],
 )
-def test_operators_run_in_integers_on_the_widths_of_the_target(
-    operator: str, grids: Any, expected: bool
-) -> None:
+def test_operators_run_in_integers_on_the_widths_of_the_target(operator: str, grids: Any, expected: bool) -> None:
     assert CHIP.runs_in_integers(operator, *grids) is expected
 
 

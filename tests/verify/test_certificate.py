@@ -64,9 +64,7 @@ def test_outputs_of_other_sizes_are_an_error(sizes: tuple[int, int, int]) -> Non
         ([comparison(drift=9.0)], False, 8.0, False, "simulation and integer executor differ"),
     ],
 )
-def test_verdicts(
-    outputs: list[OutputComparison], exact: bool, allowed: float, passed: bool, words: str
-) -> None:
+def test_verdicts(outputs: list[OutputComparison], exact: bool, allowed: float, passed: bool, words: str) -> None:
     found, verdict = judge(outputs, ["softmax"], exact, allowed)
     assert found is passed
     assert words in verdict

@@ -159,9 +159,7 @@ def test_labels_and_names_of_inputs_are_understood(q: Any, file: Path) -> None:
         assert bs.verify(q, file, inputs).samples == 4
 
 
-@pytest.mark.xfail(
-    reason="a linear over sequences is exported as MatMul and Add, whose kernel adds the bias in float"
-)
+@pytest.mark.xfail(reason="a linear over sequences is exported as MatMul and Add, whose kernel adds the bias in float")
 def test_a_linear_over_sequences_passes_to_the_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 5, 12)
@@ -190,9 +188,7 @@ class Gelu(nn.Module):
         ("fp8", "runtime", TwoHeads),
     ],
 )
-def test_float_kernels_are_held_to_a_bound_and_named(
-    recipe: str, placement: Any, net: Any, tmp_path: Path
-) -> None:
+def test_float_kernels_are_held_to_a_bound_and_named(recipe: str, placement: Any, net: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     q = bs.quantize(net(), [images(32)], recipe=recipe, placement=placement)
     path = bs.export_onnx(q, tmp_path / "model.onnx")

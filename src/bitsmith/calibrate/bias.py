@@ -36,7 +36,11 @@ def _raise_tiny_scales(layer: QuantLayer, inputs: Grid) -> None:
     """
     assert layer.weight_quantizer is not None
     assert layer.bias_quantizer is not None
-    bias, weights, grid = layer.bias, layer.weight_quantizer.require_grid(), layer.bias_quantizer.require_grid()
+    bias, weights, grid = (
+        layer.bias,
+        layer.weight_quantizer.require_grid(),
+        layer.bias_quantizer.require_grid(),
+    )
     fmt = grid.format
     if bias is None or not isinstance(fmt, IntFormat):
         return

@@ -70,5 +70,3 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
         return None
     user = next(iter(node.users))
     return user if user.op != "output" and user.all_input_nodes == [node] else None
-
-

@@ -49,7 +49,8 @@ class Store:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def put(self, key: Key, value: Any) -> None:
-        """Keep a value; older ones may move to disk."""
+        """Keep a value, in place of what was there; older ones may move to disk."""
+        self._forget(key)
         self._values[key] = value
         self.resident_bytes += _size(value)
         self._spill()
@@ -64,11 +65,13 @@ class Store:
     def drop(self, stream: str, node: str, chunks: int) -> None:
         """Forget a node's values."""
         for chunk in range(chunks):
-            key = (stream, node, chunk)
-            if key in self._values:
-                self.resident_bytes -= _size(self._values.pop(key))
-            elif key in self._spilled:
-                self._spilled.pop(key)[0].unlink(missing_ok=True)
+            self._forget((stream, node, chunk))
+
+    def _forget(self, key: Key) -> None:
+        if key in self._values:
+            self.resident_bytes -= _size(self._values.pop(key))
+        elif key in self._spilled:
+            self._spilled.pop(key)[0].unlink(missing_ok=True)
 
     def _spill(self) -> None:
         while self.resident_bytes > self.budget:

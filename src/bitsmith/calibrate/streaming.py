@@ -76,9 +76,7 @@ def quantize_hooked(
     return HookedModel(module, recipe, target, report, inspect.signature(model.forward), reason)
 
 
-def _match_overrides(
-    order: list[str], layers: dict[str, nn.Module], recipe: Recipe
-) -> dict[str, list[Override]]:
+def _match_overrides(order: list[str], layers: dict[str, nn.Module], recipe: Recipe) -> dict[str, list[Override]]:
     matched: dict[str, list[Override]] = {}
     for index, name in enumerate(order):
         ends = {index == 0: "first", index == len(order) - 1: "last"}
@@ -183,9 +181,7 @@ def _report(
     )  # fmt: skip
 
 
-def _row(
-    name: str, layer: nn.Module, wrapped: nn.Module | None, kept: bool, survey: _Survey
-) -> LayerReport:
+def _row(name: str, layer: nn.Module, wrapped: nn.Module | None, kept: bool, survey: _Survey) -> LayerReport:
     row = LayerReport(name=name, type=type(layer).__name__, macs=survey.macs.get(name, 0))
     if not isinstance(wrapped, OwnInputLayer):
         row.note = "float: never called in calibration" if kept else "float: excluded by an override"

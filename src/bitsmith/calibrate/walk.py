@@ -137,20 +137,27 @@ class Walk:
                 means[node] = {"float": ChannelMean(axis), "quantized": ChannelMean(axis)}
         return means
 
-    def _correct_bias(self, stage: Stage) -> None:
-        """One pass of the quantized stream for the mean error, before the pass whose result is kept."""
-        means = self.means.get(stage.compute) if stage.compute is not None else None
-        if means is None or stage.layer is None:
-            return
+    def _correct_bias(self, stage: Stage) -> bool:
+        """Take a layer's mean error out of its bias; its corrected outputs are kept, so that it runs only once."""
+        node, layer = stage.compute, stage.layer
+        if node is None or layer is None or node not in self.means:
+            return False
+        means = self.means[node]
+        head = stage.nodes[: stage.nodes.index(node) + 1]
         for chunk in range(self.quantized_chunks):
-            self._execute("quantized", stage, chunk)
-        correct_bias(stage.layer.layer, means["float"], means["quantized"])
+            value = self._run_nodes("quantized", head, self._inputs("quantized", stage, chunk), chunk)
+            self.store.put(("output", node.name, chunk), value)
+        shift = correct_bias(layer.layer, means["float"], means["quantized"])
+        shift = shift if means["float"].axis == -1 else shift.view(-1, *[1] * (value.ndim - 2))
+        for chunk in range(self.quantized_chunks):
+            self.store.put(("output", node.name, chunk), self.store.get(("output", node.name, chunk)) + shift)
+        return True
 
     def _run_quantized(self, stage: Stage) -> None:
-        self._correct_bias(stage)
+        corrected = self._correct_bias(stage)
         noise = Noise() if stage.compute is not None and _is_float(stage.end.meta.get("val")) else None
         for chunk in range(self.quantized_chunks):
-            value = self._execute("quantized", stage, chunk)
+            value = self._execute("quantized", stage, chunk, corrected=corrected)
             grid = stage.quantizer.grid if stage.quantizer is not None else None
             if grid is not None:
                 value = fake_quantize_(value, grid)
@@ -163,21 +170,33 @@ class Walk:
             if noise is not None:
                 self.log.noise[stage.compute] = noise
             self._release("float", [stage.end.name])
+            self.store.drop("output", stage.compute.name, self.quantized_chunks)
         self._release("quantized", [source.name for source in stage.inputs])
 
-    def _execute(self, stream: str, stage: Stage, chunk: int) -> Any:
-        """The value of a stage's end before its Quantizer."""
-        env = {source: self._read(stream, source, chunk) for source in stage.inputs}
+    def _execute(self, stream: str, stage: Stage, chunk: int, *, corrected: bool = False) -> Any:
+        """The value of a stage's end before its Quantizer; from the layer's kept output on where there is one."""
+        env = self._inputs(stream, stage, chunk)
+        borrowed = _storages(env)
         nodes = stage.nodes[:-1] if stage.quantizer is not None else stage.nodes
         value: Any = env[stage.inputs[0]] if stage.inputs and not nodes else None
-        borrowed = _storages(env)
-        for node in nodes:
-            value = env[node] = self._call(stream, node, env)
-            if node in self.means and chunk < self.quantized_chunks:
-                self.means[node][stream].update(value)
+        if corrected and stage.compute is not None:
+            value = env[stage.compute] = self.store.get(("output", stage.compute.name, chunk))
+            nodes = nodes[nodes.index(stage.compute) + 1 :]
+        if nodes:
+            value = self._run_nodes(stream, nodes, env, chunk)
         if stream == "quantized" and stage.quantizer is not None and borrowed & _storages({stage.end: value}):
             value = value.clone()  # a view of what others still read: it is about to be quantized in place
         return value
+
+    def _inputs(self, stream: str, stage: Stage, chunk: int) -> dict[fx.Node, Any]:
+        return {source: self._read(stream, source, chunk) for source in stage.inputs}
+
+    def _run_nodes(self, stream: str, nodes: list[fx.Node], env: dict[fx.Node, Any], chunk: int) -> Any:
+        for node in nodes:
+            env[node] = self._call(stream, node, env)
+            if node in self.means and chunk < self.quantized_chunks:
+                self.means[node][stream].update(env[node])  # now: an activation may overwrite it
+        return env[nodes[-1]]
 
     def _call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args = fx.map_arg(node.args, lambda n: env[n])
@@ -186,7 +205,7 @@ class Walk:
             return getattr(self.graph, str(node.target))
         if node.op == "call_function":
             if node in self._in_place:
-                return torch.relu_(args[0])
+                return torch.relu_(args[0])  # type: ignore[arg-type]
             return node.target(*args, **kwargs)  # type: ignore[operator]
         module = self.graph.get_submodule(str(node.target))
         if stream == "float" and hasattr(module, "weight_quantizer"):

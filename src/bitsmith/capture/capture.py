@@ -189,6 +189,4 @@ def _user_line(error: Exception) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    return any(
-        part in filename for part in ("/torch/", "/bitsmith/", "<frozen", "<eval_with_key>", "/contextlib.py")
-    )
+    return any(part in filename for part in ("/torch/", "/bitsmith/", "<frozen", "<eval_with_key>", "/contextlib.py"))

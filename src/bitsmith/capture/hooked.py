@@ -35,9 +35,7 @@ class OwnInputLayer(QuantLayer):
 
     input_quantizer: Quantizer | None
 
-    def __init__(
-        self, layer: nn.Module, input_quantizer: Quantizer | None, weight_quantizer: Quantizer | None
-    ) -> None:
+    def __init__(self, layer: nn.Module, input_quantizer: Quantizer | None, weight_quantizer: Quantizer | None) -> None:
         super().__init__(layer, weight_quantizer)
         self.input_quantizer = input_quantizer
 

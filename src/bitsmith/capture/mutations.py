@@ -75,8 +75,7 @@ def _note_state(graph: fx.GraphModule) -> None:
             written[str(target.target)] = None
     if written:
         graph.meta.setdefault("notes", []).append(
-            f"forward() writes to its own buffers ({', '.join(written)}): the quantized model keeps them as "
-            "they were"
+            f"forward() writes to its own buffers ({', '.join(written)}): the quantized model keeps them as they were"
         )
 
 

@@ -76,11 +76,7 @@ def _fold_constants(graph: fx.GraphModule) -> None:
         if node.op == "get_attr":
             constants[node] = _attribute(graph, str(node.target))
             continue
-        if (
-            node.op != "call_function"
-            or (not node.all_input_nodes
-            and not isinstance(node.meta.get("val"), Tensor))
-        ):
+        if node.op != "call_function" or (not node.all_input_nodes and not isinstance(node.meta.get("val"), Tensor)):
             continue
         if aten_name(node) in _RANDOM or not all(n in constants for n in node.all_input_nodes):
             continue
@@ -117,9 +113,7 @@ def _parameter_name(node: fx.Node) -> str:
 
 
 def _sizes(value: Any) -> list[Any]:
-    return [
-        size for leaf in torch.utils._pytree.tree_leaves(value) for size in getattr(leaf, "shape", [leaf])
-    ]
+    return [size for leaf in torch.utils._pytree.tree_leaves(value) for size in getattr(leaf, "shape", [leaf])]
 
 
 def _calls_to_layers(graph: fx.GraphModule) -> fx.GraphModule:

@@ -153,11 +153,7 @@ def op_of(node: fx.Node) -> Op:
 
 
 def _is_activation(value: Any) -> bool:
-    return (
-        isinstance(value, fx.Node)
-        and value.op != "get_attr"
-        and isinstance(value.meta.get("val"), torch.Tensor)
-    )
+    return isinstance(value, fx.Node) and value.op != "get_attr" and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def _pads_zero(node: fx.Node, name: str) -> bool:

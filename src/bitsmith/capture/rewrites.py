@@ -290,9 +290,7 @@ def _write_out_attention(graph: fx.Graph, node: fx.Node) -> None:
         return created
 
     with graph.inserting_before(node):
-        scores = call(
-            aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale
-        )
+        scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
         mask = options.get("attn_mask")
         if options.get("is_causal"):
             mask = _causal_mask(graph, int(q.shape[-2]), int(k.shape[-2]))

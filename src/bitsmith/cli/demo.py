@@ -14,9 +14,7 @@ from .quantize import finish, say
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for all results")] = Path(
-        "demo-out"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for all results")] = Path("demo-out"),
     recipe: o.Recipe = "int8",
     target: o.Target = "onnxruntime",
     latency: o.Latency = True,

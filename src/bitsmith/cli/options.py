@@ -25,9 +25,7 @@ Weights = Annotated[
 ]
 Calibration = Annotated[
     str,
-    typer.Option(
-        "--calibration-dir", "--calibration", metavar="DATA", help=f"Data to find ranges with: {_DATA}"
-    ),
+    typer.Option("--calibration-dir", "--calibration", metavar="DATA", help=f"Data to find ranges with: {_DATA}"),
 ]
 Validation = Annotated[
     str | None,
@@ -49,9 +47,7 @@ Placement = Annotated[
     typer.Option(help="Where quantizers stand [default: as in the recipe]", show_default=False),
 ]
 Style = Annotated[Literal["qdq", "qcdq"], typer.Option(help="How the ONNX file says what is quantized")]
-Opset = Annotated[
-    int | None, typer.Option(help="ONNX opset [default: the newest that runs]", show_default=False)
-]
+Opset = Annotated[int | None, typer.Option(help="ONNX opset [default: the newest that runs]", show_default=False)]
 Memory = Annotated[str, typer.Option(help="Memory for activations; what exceeds it goes to disk")]
 Resize = Annotated[int, typer.Option(min=0, help="Images: the shorter side becomes this; 0: as it is")]
 Crop = Annotated[int, typer.Option(min=0, help="Images: side of the centre crop; 0: none")]
@@ -59,9 +55,7 @@ Mean = Annotated[str, typer.Option(help="Images: mean of each channel, for pixel
 Std = Annotated[str, typer.Option(help="Images: standard deviation of each channel")]
 UserMetric = Annotated[
     str | None,
-    typer.Option(
-        "--metric", metavar="FILE.PY:FUNCTION", help="Your own measure, function(outputs, targets) -> float"
-    ),
+    typer.Option("--metric", metavar="FILE.PY:FUNCTION", help="Your own measure, function(outputs, targets) -> float"),
 ]
 Seed = Annotated[int, typer.Option(help="Of the drawing of samples")]
 Latency = Annotated[bool, typer.Option("--latency/--no-latency", help="Measure speed of both files")]

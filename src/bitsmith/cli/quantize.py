@@ -127,9 +127,7 @@ def make_job(
     found = load_data(calibration, samples=drawing.calibration, preprocess=images, seed=drawing.seed)
     judged = None
     if validation is not None:
-        judged = load_data(
-            validation, samples=drawing.validation, preprocess=images, seed=drawing.seed, exclude=found
-        )
+        judged = load_data(validation, samples=drawing.validation, preprocess=images, seed=drawing.seed, exclude=found)
     measure = None if metric is None else load_metric(metric)
     loaded = load_model(model, weights)
     if (note := weights_note(model, weights)) is not None:

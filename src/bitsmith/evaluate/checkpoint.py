@@ -118,9 +118,7 @@ def _state_dict(loaded: Any, file: Path) -> dict[str, Tensor]:
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(map(repr, list(loaded)[:_LISTED]))
-        raise CheckpointError(
-            f"{str(file)!r} has no tensors under its keys ({keys}): save model.state_dict()"
-        )
+        raise CheckpointError(f"{str(file)!r} has no tensors under its keys ({keys}): save model.state_dict()")
     return tensors
 
 
@@ -145,7 +143,5 @@ def _mismatch(
         if keys:
             more = [f"and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
             parts.append("\n    ".join([f"  {len(keys)} {name}:", *keys[:_LISTED], *more]))
-    parts.append(
-        "  Nothing was loaded. Give the file that was saved from this model, or build the model it is for."
-    )
+    parts.append("  Nothing was loaded. Give the file that was saved from this model, or build the model it is for.")
     return "\n".join(parts)

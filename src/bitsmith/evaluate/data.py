@@ -19,8 +19,7 @@ from .factory import call_factory
 from .images import Preprocess, read_images, scan_folder
 
 FORMS = (
-    "a folder with one sub-folder of images per class, an .npz or .safetensors file with x and y, "
-    "or file.py:factory"
+    "a folder with one sub-folder of images per class, an .npz or .safetensors file with x and y, or file.py:factory"
 )
 BATCH = 50
 
@@ -174,9 +173,7 @@ def load_data(
     elif ":" in spec and not path.exists():
         return _from_factory(spec, samples)
     else:
-        problem = (
-            "is not data that Bitsmith reads" if path.exists() else f"does not exist (looked in {Path.cwd()})"
-        )
+        problem = "is not data that Bitsmith reads" if path.exists() else f"does not exist (looked in {Path.cwd()})"
         raise DataError(f"{spec!r} {problem}: give {FORMS}")
     return _selected(source, samples, seed, exclude)
 
@@ -222,9 +219,7 @@ def _head(item: Any, samples: int) -> Any:
     """The first ``samples`` samples of a batch."""
     if batch_size(item) <= samples:
         return item
-    return torch.utils._pytree.tree_map(
-        lambda leaf: leaf[:samples] if isinstance(leaf, Tensor) else leaf, item
-    )
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[:samples] if isinstance(leaf, Tensor) else leaf, item)
 
 
 def _selection(data: ArrayData | FolderData) -> Sequence[int]:
@@ -269,8 +264,7 @@ def _from_factory(spec: str, samples: int | None) -> IterableData:
         source = [source]
     if not isinstance(source, Iterable):
         raise DataError(
-            f"{spec!r} returned a {type(source).__name__}: it must return an iterable of batches, such as a "
-            f"DataLoader"
+            f"{spec!r} returned a {type(source).__name__}: it must return an iterable of batches, such as a DataLoader"
         )
     return IterableData(source, name=spec, samples=samples)
 
@@ -308,8 +302,7 @@ def _inputs(x: Tensor, path: Path, preprocess: Preprocess) -> tuple[Tensor, Prep
         if bad.any():
             first = int(bad.nonzero()[0])
             raise DataError(
-                f"{int(bad.sum())} of {len(x)} samples of x in {str(path)!r} hold NaN or infinity, first "
-                f"sample {first}"
+                f"{int(bad.sum())} of {len(x)} samples of x in {str(path)!r} hold NaN or infinity, first sample {first}"
             )
         return x, None
     if x.dtype in (torch.int32, torch.int64):  # token ids

@@ -35,8 +35,7 @@ def export_float_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Pat
         except Exception as error:
             last = error
     raise ExportError(
-        f"the float model cannot be written as ONNX, so there is nothing to compare speed and size with: "
-        f"{last}"
+        f"the float model cannot be written as ONNX, so there is nothing to compare speed and size with: {last}"
     ) from last
 
 

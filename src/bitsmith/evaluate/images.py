@@ -35,8 +35,7 @@ class Preprocess(BaseModel):
     def _consistent(self) -> Preprocess:
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise ValueError(
-                f"mean {self.mean} and std {self.std} need one number for grey or three for colour images "
-                f"each"
+                f"mean {self.mean} and std {self.std} need one number for grey or three for colour images each"
             )
         if any(value <= 0 for value in self.std):
             raise ValueError(f"std {self.std} must be positive: pixels are divided by it")
@@ -78,9 +77,7 @@ def scan_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
 
     Classes are numbered in the sorted order of their folders' names, as torchvision and timm number them.
     """
-    classes = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         loose = sum(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir())
         found = f"{loose} images lie directly in it" if loose else "it has no sub-folders and no images"
@@ -116,15 +113,12 @@ def read_images(paths: Sequence[Path], preprocess: Preprocess, everything: Seque
     if len({image.shape for image in images}) > 1:
         sizes = sorted({tuple(image.shape[1:]) for image in images})
         raise DataError(
-            f"the images come in several sizes ({', '.join(f'{h} x {w}' for h, w in sizes[:4])} ...): set "
-            f"--crop"
+            f"the images come in several sizes ({', '.join(f'{h} x {w}' for h, w in sizes[:4])} ...): set --crop"
         )
     return preprocess.normalize(torch.stack(images))
 
 
-def _unreadable(
-    paths: Sequence[Path], preprocess: Preprocess, kinds: tuple[type[Exception], ...]
-) -> DataError:
+def _unreadable(paths: Sequence[Path], preprocess: Preprocess, kinds: tuple[type[Exception], ...]) -> DataError:
     """Count all that fail: mending one file per run would be tedious."""
 
     def problem(path: Path) -> str | None:
@@ -135,9 +129,7 @@ def _unreadable(
         return None
 
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        problems = [
-            (path, reason) for path, reason in zip(paths, pool.map(problem, paths)) if reason is not None
-        ]
+        problems = [(path, reason) for path, reason in zip(paths, pool.map(problem, paths)) if reason is not None]
     first, reason = problems[0] if problems else (paths[0], "it could be read the second time")
     return DataError(
         f"{len(problems)} of {len(paths)} images cannot be read. The first is {str(first)!r}: {reason}. "

@@ -229,9 +229,7 @@ def _latency(
     sizes = next(((size,) for size in fixed if isinstance(size, int)), settings.latency_batches)
     found = {}
     for size in sizes:
-        arrays = [
-            np.ascontiguousarray(np.resize(value.numpy(), (size, *value.shape[1:]))) for value in inputs
-        ]
+        arrays = [np.ascontiguousarray(np.resize(value.numpy(), (size, *value.shape[1:]))) for value in inputs]
         runners = {}
         for name, session in sessions.items():
             names = [entry.name for entry in session.get_inputs()]

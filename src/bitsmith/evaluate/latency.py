@@ -21,9 +21,7 @@ class Latency(BaseModel):
     median_ms: float
     fastest_ms: float
     rounds: int
-    ratio: float = Field(
-        default=1.0, description="median of the first callable over this one's: above 1 is faster"
-    )
+    ratio: float = Field(default=1.0, description="median of the first callable over this one's: above 1 is faster")
 
 
 def interleaved_latency(

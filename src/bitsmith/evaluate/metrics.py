@@ -26,20 +26,12 @@ class Metrics(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     samples: int = 0
-    top1: float | None = Field(
-        default=None, description="percent of samples whose greatest score is the label's"
-    )
-    top5: float | None = Field(
-        default=None, description="percent of samples whose label is in the five greatest"
-    )
-    agreement: float | None = Field(
-        default=None, description="percent of samples with the reference's answer"
-    )
+    top1: float | None = Field(default=None, description="percent of samples whose greatest score is the label's")
+    top5: float | None = Field(default=None, description="percent of samples whose label is in the five greatest")
+    agreement: float | None = Field(default=None, description="percent of samples with the reference's answer")
     mse: float | None = Field(default=None, description="mean squared difference to the reference's outputs")
     sqnr_db: float | None = Field(default=None, description="reference's power over that of the difference")
-    metric: float | None = Field(
-        default=None, description="the user's own measure, averaged over the samples"
-    )
+    metric: float | None = Field(default=None, description="the user's own measure, averaged over the samples")
     seconds: float = 0.0
 
 
@@ -88,9 +80,9 @@ def evaluate(
     >>> evaluate(lambda x: x, data).top1
     75.0
     """
-    return evaluate_many(
-        {"model": model}, data, reference, metric=metric, what=what, show_progress=show_progress
-    )["model"]
+    return evaluate_many({"model": model}, data, reference, metric=metric, what=what, show_progress=show_progress)[
+        "model"
+    ]
 
 
 def evaluate_many(
@@ -164,9 +156,7 @@ def first_tensor(output: Any) -> Tensor:
             return leaf.detach()
         if hasattr(leaf, "__array__"):
             return torch.as_tensor(leaf)
-    raise DataError(
-        f"the model returned a {type(output).__name__} without any tensor: there is nothing to judge"
-    )
+    raise DataError(f"the model returned a {type(output).__name__} without any tensor: there is nothing to judge")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -204,9 +194,7 @@ class _Tally:
     def _add_labels(self, output: Tensor, targets: Tensor) -> None:
         self.classes = output.shape[1]
         if len(targets) != len(output):
-            raise DataError(
-                f"{self.name}: a batch has {len(targets)} labels, but the model gave {len(output)} answers"
-            )
+            raise DataError(f"{self.name}: a batch has {len(targets)} labels, but the model gave {len(output)} answers")
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.classes:
             raise DataError(
                 f"{self.name}: the labels go from {int(targets.min())} to {int(targets.max())}, but the "

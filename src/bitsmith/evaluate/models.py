@@ -44,9 +44,7 @@ def weights_note(spec: str, weights: str | os.PathLike[str] | None) -> str | Non
     'timm:resnet18 without --weights has random weights: sizes and speed are real, accuracy means nothing'
     """
     if weights is None and spec.startswith(("torchvision:", "timm:")):
-        return (
-            f"{spec} without --weights has random weights: sizes and speed are real, accuracy means nothing"
-        )
+        return f"{spec} without --weights has random weights: sizes and speed are real, accuracy means nothing"
     return None
 
 
@@ -62,9 +60,7 @@ def _build(spec: str) -> nn.Module:
         return _timm(name)
     model = call_factory(spec, "the model's factory", CaptureError)
     if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"{spec!r} returned a {type(model).__name__}: it must return the model, a torch.nn.Module"
-        )
+        raise CaptureError(f"{spec!r} returned a {type(model).__name__}: it must return the model, a torch.nn.Module")
     return model
 
 

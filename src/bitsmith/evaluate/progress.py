@@ -14,9 +14,7 @@ T = TypeVar("T")
 _WIDTH = 30
 
 
-def progress(
-    items: Iterable[T], what: str, *, total: int | None = None, enabled: bool | None = None
-) -> Iterator[T]:
+def progress(items: Iterable[T], what: str, *, total: int | None = None, enabled: bool | None = None) -> Iterator[T]:
     """``items``, with a bar on standard error; ``enabled`` None shows it only on a terminal.
 
     >>> list(progress([1, 2, 3], "counting", enabled=False))

@@ -59,7 +59,9 @@ def export_pt2(q: QuantizedModel, path: str | Path) -> Path:
     dynamic = tuple(
         {0: torch.export.Dim.AUTO} if v.ndim and isinstance(v.shape[0], torch.SymInt) else None for v in placeholders
     )
-    examples = tuple(torch.zeros([int(d) if isinstance(d, int) else 2 for d in v.shape], dtype=v.dtype) for v in placeholders)
+    examples = tuple(
+        torch.zeros([int(d) if isinstance(d, int) else 2 for d in v.shape], dtype=v.dtype) for v in placeholders
+    )
     spec: Any = q.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     args, kwargs = torch.utils._pytree.tree_unflatten(list(examples), spec)
     if kwargs:

@@ -306,9 +306,7 @@ def _compiled_integer(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Te
     return torch.clamp(torch.round(x / scale), low, high) * scale
 
 
-def _compiled_float(
-    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, smallest: Tensor, factor: Tensor
-) -> Tensor:
+def _compiled_float(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, smallest: Tensor, factor: Tensor) -> Tensor:
     value = torch.clamp(x / scale, low, high)
     magic = (value.view(torch.int32) & 0x7F80_0000).view(torch.float32)
     magic = torch.maximum(magic, smallest) * factor

@@ -54,12 +54,17 @@ def layer_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     kind: Any = type(layer)
     options: Any = layer
     if kind in _CONV:
-        return lambda x, w: _CONV[kind](
-            x, w, None, options.stride, options.padding, options.dilation, options.groups
-        )
+        return lambda x, w: _CONV[kind](x, w, None, options.stride, options.padding, options.dilation, options.groups)
     if kind in _CONV_TRANSPOSE:
         return lambda x, w: _CONV_TRANSPOSE[kind](
-            x, w, None, options.stride, options.padding, options.output_padding, options.groups, options.dilation
+            x,
+            w,
+            None,
+            options.stride,
+            options.padding,
+            options.output_padding,
+            options.groups,
+            options.dilation,
         )
     return lambda x, w: F.linear(x, w)
 

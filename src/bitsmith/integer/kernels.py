@@ -56,7 +56,8 @@ def build_kernel(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier
         return Kernel(
             name,
             lambda env: torch.cat(
-                [laws.rescale(env[n], g, output, dtype) for n, g in zip(sources, inputs)], dim  # type: ignore[arg-type]
+                [laws.rescale(env[n], g, output, dtype) for n, g in zip(sources, inputs)],
+                dim,  # type: ignore[arg-type]
             ),
         )
     if name == "global_avg_pool":

@@ -164,9 +164,7 @@ class Program:
         if self._is_same_grid(value, grid):
             return Step(node, lambda env: env[value], grid, "codes")
         dtype = self.code_dtype
-        return Step(
-            node, lambda env: laws.quantize_centred(self.real(value, env), grid, dtype), grid, "quantize"
-        )
+        return Step(node, lambda env: laws.quantize_centred(self.real(value, env), grid, dtype), grid, "quantize")
 
     def _is_same_grid(self, value: fx.Node, grid: Grid) -> bool:
         known = self.grids.get(value)

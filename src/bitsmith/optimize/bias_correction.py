@@ -6,7 +6,6 @@ section 4.2, equation (17); the means are measured on the walk's data rather tha
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -32,17 +31,17 @@ class ChannelMean:
         return self.total / self.count
 
 
-def correct_bias(layer: nn.Module, exact: ChannelMean, quantized: ChannelMean) -> float:
-    """b <- b + E[W x] - E[W' x'], in place; returns the largest change.
+def correct_bias(layer: nn.Module, exact: ChannelMean, quantized: ChannelMean) -> Tensor:
+    """b <- b + E[W x] - E[W' x'], in place; returns the change, shape (channels,).
 
     >>> layer = nn.Linear(1, 1)
     >>> exact, quantized = ChannelMean(-1), ChannelMean(-1)
     >>> exact.update(torch.tensor([[3.0]])); quantized.update(torch.tensor([[2.5]]))
     >>> correct_bias(layer, exact, quantized)
-    0.5
+    tensor([0.5000])
     """
-    shift = exact.value - quantized.value
     bias = layer.bias
     assert isinstance(bias, Tensor)
-    bias.data.add_(shift.to(bias.dtype))
-    return float(shift.abs().max())
+    shift = (exact.value - quantized.value).to(bias.dtype)
+    bias.data.add_(shift)
+    return shift

@@ -44,9 +44,7 @@ class QuantLayer(nn.Module):
 
     def quantized_parameters(self) -> dict[str, Tensor]:
         """Weight and bias as the target will see them, in float."""
-        parameters = {
-            "weight": self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        }
+        parameters = {"weight": self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)}
         if self.bias is not None:
             parameters["bias"] = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
         return parameters

@@ -99,8 +99,7 @@ def _match_overrides(compute: list[fx.Node], recipe: Recipe) -> dict[fx.Node, li
         if index not in used:
             names = ", ".join(layer_name(node) for node in compute[:8])
             raise PlacementError(
-                f"override {override.match!r} matches no layer; layers are {names}"
-                f"{' ...' if len(compute) > 8 else ''}"
+                f"override {override.match!r} matches no layer; layers are {names}{' ...' if len(compute) > 8 else ''}"
             )
     return matched
 
@@ -114,9 +113,7 @@ def _check_plan(graph: fx.GraphModule, plan: Plan, compute: list[fx.Node], recip
         )
     if not plan.layers:
         kinds = sorted({op_of(n).name for n in graph.graph.nodes if n.op.startswith("call")})
-        why = (
-            "every compute layer is excluded" if compute else f"it holds only {', '.join(kinds) or 'nothing'}"
-        )
+        why = "every compute layer is excluded" if compute else f"it holds only {', '.join(kinds) or 'nothing'}"
         raise PlacementError(
             f"nothing would be quantized: the model has no convolution, linear or matmul to place ({why}); zero of "
             "its multiply-accumulates would run in integers"
@@ -184,9 +181,7 @@ def _insert_values(
     return created
 
 
-def _insert_edges(
-    graph: fx.GraphModule, plan: Plan, specs: dict[tuple[fx.Node, fx.Node | None], TensorSpec]
-) -> None:
+def _insert_edges(graph: fx.GraphModule, plan: Plan, specs: dict[tuple[fx.Node, fx.Node | None], TensorSpec]) -> None:
     for source, consumer in plan.edges:
         quantizer = Quantizer(specs[source, consumer], non_negative=is_non_negative(source))
         position = operands(consumer).index(source)
@@ -228,11 +223,7 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
     bias_quantizer = Quantizer(bias) if bias and quantized_input and has_bias else None
     wrapped = QuantLayer(layer, weight_quantizer, bias_quantizer)
     if isinstance(module, QuantLayer):
-        calls = [
-            n
-            for n in graph.graph.nodes
-            if n.op == "call_module" and str(n.target).startswith(str(node.target))
-        ]
+        calls = [n for n in graph.graph.nodes if n.op == "call_module" and str(n.target).startswith(str(node.target))]
         name = f"{node.target}__{calls.index(node)}"
         graph.add_submodule(name, wrapped)
         node.target = name

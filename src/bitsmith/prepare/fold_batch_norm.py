@@ -129,9 +129,7 @@ def _fold_before(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str |
         bias = weight @ offset
         weight = weight * scale
     else:
-        per_group = weight.view(
-            layer.groups, -1, *weight.shape[1:]
-        )  # (groups, out / groups, in / groups, *kernel)
+        per_group = weight.view(layer.groups, -1, *weight.shape[1:])  # (groups, out / groups, in / groups, *kernel)
         shape = (layer.groups, 1, -1, *[1] * (weight.ndim - 2))
         bias = (per_group * offset.view(shape)).flatten(2).sum(2).flatten()
         weight = (per_group * scale.view(shape)).view_as(weight)

@@ -55,9 +55,7 @@ def mse(summary: Summary, spec: TensorSpec, non_negative: bool = False) -> tuple
     return lo, hi
 
 
-def squared_error(
-    summary: Summary, lo: Tensor, hi: Tensor, spec: TensorSpec, non_negative: bool = False
-) -> Tensor:
+def squared_error(summary: Summary, lo: Tensor, hi: Tensor, spec: TensorSpec, non_negative: bool = False) -> Tensor:
     """The histogram's summed squared quantization error under each range ``lo[i] .. hi[i]``, float64.
 
     A bin stands for its center. Where an integer grid's step is not wide against the bins, the rounding error

@@ -11,6 +11,7 @@ from torch import Tensor
 from .statistics import Summary, extremes, nothing_seen
 
 _CHUNK = 1 << 17
+_LEAST_EXPONENT = -100  # zeros alone, and numbers too small to tell from them
 
 
 class Histogram:
@@ -47,7 +48,8 @@ class Histogram:
         lo, hi = extremes(x)
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
-        self._grow(math.frexp(max(abs(float(lo)), abs(float(hi))))[1])
+        largest = max(abs(float(lo)), abs(float(hi)))
+        self._grow(math.frexp(largest)[1] if largest else _LEAST_EXPONENT)
         flat = x.detach().reshape(-1)
         for chunk in flat.split(_CHUNK):  # type: ignore[no-untyped-call]
             # dividing by a power of two is exact, so the bin is that of the real number
@@ -75,7 +77,7 @@ class Histogram:
 
     def _grow(self, exponent: int) -> None:
         """Widen the range to ``2**exponent`` if it is not that wide yet."""
-        exponent = max(exponent, -100)
+        exponent = max(exponent, _LEAST_EXPONENT)
         if self.exponent is None:
             self.exponent = exponent
         elif exponent > self.exponent:

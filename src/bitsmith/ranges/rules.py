@@ -41,9 +41,7 @@ def _axis(spec: TensorSpec) -> int | None:
 
 RULES: dict[str, Rule] = {
     "minmax": Rule(lambda spec, _: MinMax(_axis(spec)), _ends, channels=True),
-    "moving_average": Rule(
-        lambda spec, _: MovingAverage(spec.range.momentum, _axis(spec)), _ends, channels=True
-    ),
+    "moving_average": Rule(lambda spec, _: MovingAverage(spec.range.momentum, _axis(spec)), _ends, channels=True),
     "percentile": Rule(lambda spec, count: Tails(spec.range.percentile, count), _ends),
     "mse": Rule(lambda spec, _: Histogram(spec.range.bins), mse),
     "histogram_l2": Rule(lambda spec, _: Histogram(spec.range.bins), histogram_l2),
@@ -96,14 +94,10 @@ def activation_grid(
         )
     device = summary.lo.device
     lo, hi = (end.to(device) for end in _rule(spec).range(summary, spec, non_negative))
-    return solve_grid(
-        lo, hi, spec, non_negative=non_negative, unsigned_codes=unsigned_codes, axis=_axis(spec)
-    )
+    return solve_grid(lo, hi, spec, non_negative=non_negative, unsigned_codes=unsigned_codes, axis=_axis(spec))
 
 
 def _rule(spec: TensorSpec) -> Rule:
     if spec.range.name not in RULES:
-        raise RecipeError(
-            f"{spec.range.name!r} is no range rule for activations: choose one of {', '.join(RULES)}"
-        )
+        raise RecipeError(f"{spec.range.name!r} is no range rule for activations: choose one of {', '.join(RULES)}")
     return RULES[spec.range.name]

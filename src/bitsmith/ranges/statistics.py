@@ -173,6 +173,4 @@ def require_finite(*values: Tensor) -> None:
 
 def nothing_seen() -> CalibrationError:
     """The error of a statistic that is finished before it saw a value."""
-    return CalibrationError(
-        "no value was seen: is the calibration loader empty, or this point never reached?"
-    )
+    return CalibrationError("no value was seen: is the calibration loader empty, or this point never reached?")

@@ -113,11 +113,10 @@ class _Tail:
 
     def __init__(self, kept: Tensor | None = None, dropped: float = -math.inf) -> None:
         self.kept = torch.empty(0) if kept is None else kept
+        self.least = float(self.kept.min()) if self.kept.numel() else -math.inf
         self.dropped = dropped
 
-    def take_blocks(
-        self, blocks: Tensor, tops: Tensor, rest: Tensor, capacity: int, *, negate: bool = False
-    ) -> None:
+    def take_blocks(self, blocks: Tensor, tops: Tensor, rest: Tensor, capacity: int, *, negate: bool = False) -> None:
         """Take in ``blocks`` (blocks, width) whose maxima are ``tops``, and ``rest``.
 
         ``floor``, the ``capacity``-th largest block maximum, is a lower bound of what can matter, as there
@@ -125,12 +124,17 @@ class _Tail:
         values equal to it need no search (zeros after a ReLU are half of all values): copies of it fill up
         the rest.
         """
+        if self.kept.numel() >= capacity:
+            top = max(float(tops.max()), float(rest.max()) if rest.numel() else -math.inf)
+            if top <= self.least:  # nothing new: zeros below a ReLU, over and over
+                self.dropped = max(self.dropped, top)
+                return
         floor = -math.inf
         if tops.numel() >= capacity:
             floor = float(tops.topk(capacity, sorted=False).values.min())
         fill = True
-        if self.kept.numel() >= capacity and (least := float(self.kept.min())) >= floor:
-            floor, fill = least, False
+        if self.kept.numel() >= capacity and self.least >= floor:
+            floor, fill = self.least, False
         chosen = blocks[tops > floor].view(-1)
         chosen = torch.cat([-chosen if negate else chosen, rest])
         above = chosen[chosen > floor]
@@ -149,6 +153,7 @@ class _Tail:
             kept = kept.topk(capacity, sorted=False).values
             self.dropped = max(self.dropped, float(kept.min()))
         self.kept = kept
+        self.least = float(kept.min()) if kept.numel() else -math.inf
 
     def merged(self, other: _Tail, capacity: int) -> _Tail:
         """The tail of both; nothing that either keeps and that fits is let go."""

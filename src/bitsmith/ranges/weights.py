@@ -39,14 +39,10 @@ def weight_grid(weight: Tensor, spec: TensorSpec, axis: int = 0) -> Grid:
     """
     weight = weight.detach().float()
     if spec.range.name not in RULES:
-        raise RecipeError(
-            f"{spec.range.name!r} is no range rule for weights: choose one of {', '.join(RULES)}"
-        )
+        raise RecipeError(f"{spec.range.name!r} is no range rule for weights: choose one of {', '.join(RULES)}")
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
-        raise NonFiniteError(
-            f"{bad} of {weight.numel()} weights are NaN or infinite: the checkpoint is corrupt"
-        )
+        raise NonFiniteError(f"{bad} of {weight.numel()} weights are NaN or infinite: the checkpoint is corrupt")
     rows, shape, grid_axis = _rows(weight, spec, axis)
     lo, hi = _ends(rows, spec)
     return solve_grid(lo.reshape(shape), hi.reshape(shape), spec, axis=grid_axis)

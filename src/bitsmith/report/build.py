@@ -54,7 +54,9 @@ def _coverage(nodes: list[fx.Node], layers: list[LayerReport]) -> Coverage:
 def _layer(node: fx.Node, quantized: bool, program: Program, log: WalkLog | None) -> LayerReport:
     layer = layer_of(node)
     report = LayerReport(
-        name=layer_name(node), type=type(layer).__name__ if layer is not None else op_of(node).name, macs=macs_of(node)
+        name=layer_name(node),
+        type=type(layer).__name__ if layer is not None else op_of(node).name,
+        macs=macs_of(node),
     )
     if not quantized:
         report.note = "float: excluded by an override"

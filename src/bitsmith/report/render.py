@@ -124,9 +124,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
             continue
         table.add_row(key.replace("_", " "), escape(_plain(value)))
     for output in certificate.get("outputs") or []:
-        numbers = [
-            f"{key.replace('_', ' ')} {_plain(value)}" for key, value in output.items() if key != "name"
-        ]
+        numbers = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in output.items() if key != "name"]
         table.add_row("output", escape(f"{output.get('name')}: ") + ", ".join(numbers))
     return table
 
@@ -210,9 +208,7 @@ def size(number: int) -> str:
 
 
 def _weakest(layers: list[LayerReport], number: int) -> list[LayerReport]:
-    judged = sorted(
-        (layer for layer in layers if layer.sqnr_db is not None), key=lambda layer: layer.sqnr_db or 0.0
-    )
+    judged = sorted((layer for layer in layers if layer.sqnr_db is not None), key=lambda layer: layer.sqnr_db or 0.0)
     return judged[:number]
 
 
@@ -235,9 +231,7 @@ def _all_notes(report: Report) -> list[str]:
     folded = [note for note in report.notes if note.startswith("batch norm ")]
     notes = [note for note in report.notes if note not in folded]
     if folded:  # as many as there are layers, and none a surprise
-        notes.append(
-            f"{len(folded)} batch norms folded into their neighbours" if len(folded) > 1 else folded[0]
-        )
+        notes.append(f"{len(folded)} batch norms folded into their neighbours" if len(folded) > 1 else folded[0])
     by_note: dict[str, list[str]] = {}
     for layer in report.layers:
         if layer.note:

@@ -18,8 +18,10 @@ _TARGETS = {
             unsigned_codes=True,
             exact=True,
             notes=(
-                ("Measured on onnxruntime 1.31 with AVX-512 VNNI. CPUs without VNNI saturate pairs of u8 x s8 products "
-                "in 16 bits, so that results there can differ from the law."),
+                (
+                    "Measured on onnxruntime 1.31 with AVX-512 VNNI. CPUs without VNNI saturate pairs of u8 x s8 products "
+                    "in 16 bits, so that results there can differ from the law."
+                ),
                 "Transposed convolutions and operands of other widths than 8 bits run in float between Q and DQ.",
             ),
         ),
@@ -30,9 +32,7 @@ _TARGETS = {
             integer_operators=frozenset(_COMPUTE | _RESCALE | {"conv_transpose"}),
             float_output=frozenset({"linear", "matmul", "conv"}),
             unsigned_codes=True,
-            notes=(
-                "OpenVINO chooses its own rounding when it fuses; results are held to a bound, not to the bit.",
-            ),
+            notes=("OpenVINO chooses its own rounding when it fuses; results are held to a bound, not to the bit.",),
         ),
         Target(
             name="torch",

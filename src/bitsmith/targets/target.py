@@ -59,9 +59,7 @@ class Target(BaseModel):
     def _check_spec(self, role: str, spec: TensorSpec, widths: tuple[int, ...]) -> None:
         if isinstance(spec.format, FloatFormat):
             if not self.floats:
-                raise RecipeError(
-                    f"target {self.name} has no small floats, but the recipe's {role} are {spec.format}"
-                )
+                raise RecipeError(f"target {self.name} has no small floats, but the recipe's {role} are {spec.format}")
             return
         if spec.format.bits not in widths:
             raise RecipeError(
@@ -72,9 +70,7 @@ class Target(BaseModel):
                 f"target {self.name} takes scales {self.scales}, but the recipe's {role} have {spec.scale}"
             )
         if role == "activations" and self.symmetric_activations and not spec.symmetric:
-            raise RecipeError(
-                f"target {self.name} has no zero points: make the recipe's activations symmetric"
-            )
+            raise RecipeError(f"target {self.name} has no zero points: make the recipe's activations symmetric")
 
     def runs_in_integers(self, operator: str, *grids: Grid | None) -> bool:
         """Whether the runtime executes this operator on codes of these grids."""

@@ -60,16 +60,16 @@ class Certificate(BaseModel):
         return self.file_bytes / self.float_bytes if self.float_bytes else 0.0
 
 
-def judge(
-    outputs: list[OutputComparison], float_operators: list[str], exact: bool, allowed: float
-) -> tuple[bool, str]:
+def judge(outputs: list[OutputComparison], float_operators: list[str], exact: bool, allowed: float) -> tuple[bool, str]:
     """Verdict: to the bit where the target's law is known for every operator, within a bound elsewhere."""
     worst = max((o.max_file_vs_integer for o in outputs), default=0.0)
     drift = max((o.max_integer_vs_simulation for o in outputs), default=0.0)
     reason = "its arithmetic is known to the bit"
     if not exact:
-        reason = f"computed in float by the runtime: {', '.join(float_operators[:6])}" if float_operators else (
-            "the runtime chooses its own rounding"
+        reason = (
+            f"computed in float by the runtime: {', '.join(float_operators[:6])}"
+            if float_operators
+            else ("the runtime chooses its own rounding")
         )
         reason += " ..." if len(float_operators) > 6 else ""
     if worst > allowed:
@@ -78,4 +78,7 @@ def judge(
         return False, f"FAILED: simulation and integer executor differ by {drift:.3g} LSB"
     if worst == 0:
         return True, "PASSED: the file computes what was measured, bit for bit"
-    return True, f"PASSED: the file is within {worst:.3g} LSB of what was measured; allowed are {allowed:g} ({reason})"
+    return (
+        True,
+        f"PASSED: the file is within {worst:.3g} LSB of what was measured; allowed are {allowed:g} ({reason})",
+    )

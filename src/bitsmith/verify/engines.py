@@ -17,7 +17,17 @@ from ..errors import MissingExtraError, VerificationError
 EngineName = Literal["onnxruntime", "openvino"]
 Array = np.ndarray[Any, Any]
 _INTEGER_KERNELS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize")
-_COMPUTE_KERNELS = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU"}
+_COMPUTE_KERNELS = {
+    "Conv",
+    "FusedConv",
+    "ConvTranspose",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+    "LSTM",
+    "GRU",
+}
 
 
 @dataclass

@@ -79,9 +79,7 @@ def _write_inputs(builder: Builder, graph: fx.GraphModule, names: Sequence[str] 
     nodes = [n for n in graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
     names = [str(node.target) for node in nodes] if names is None else list(names)
     if len(names) != len(nodes):
-        raise ExportError(
-            f"input_names has {len(names)} names for {len(nodes)} inputs {[n.name for n in nodes]}"
-        )
+        raise ExportError(f"input_names has {len(names)} names for {len(nodes)} inputs {[n.name for n in nodes]}")
     for node, name in zip(nodes, names, strict=True):
         builder.values[node] = builder.unique(name)
         builder.add_symbols(name, node.meta["val"])
@@ -115,9 +113,7 @@ def _write_function(builder: Builder, graph: fx.GraphModule, node: fx.Node) -> N
     first = len(builder.nodes)
     result = write(Call(builder, node))
     if isinstance(result, tuple):
-        named = [
-            builder.finish_node(first, r, f"{node.name}_{i}", rename_node=False) for i, r in enumerate(result)
-        ]
+        named = [builder.finish_node(first, r, f"{node.name}_{i}", rename_node=False) for i, r in enumerate(result)]
         builder.values[node] = tuple(named)
         for name, part in zip(named, value, strict=False):
             _describe_new(builder, first, name, part)
@@ -194,9 +190,7 @@ def _write_outputs(builder: Builder, graph: fx.GraphModule, names: Sequence[str]
     nodes = [leaf for leaf in tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
     nodes = [node for node in nodes if isinstance(node.meta.get("val"), Tensor) or node.op == "get_attr"]
     if names is not None and len(names) != len(nodes):
-        raise ExportError(
-            f"output_names has {len(names)} names for {len(nodes)} outputs {[n.name for n in nodes]}"
-        )
+        raise ExportError(f"output_names has {len(names)} names for {len(nodes)} outputs {[n.name for n in nodes]}")
     made = {name for node in builder.nodes for name in node.output}
     results: list[str] = []
     for i, node in enumerate(nodes):
@@ -241,9 +235,7 @@ def _prune(builder: Builder, outputs: list[str]) -> None:
     builder.initializers = {name: t for name, t in builder.initializers.items() if name in needed}
 
 
-def _finish(
-    builder: Builder, graph: fx.GraphModule, inputs: list[str], outputs: list[str]
-) -> onnx.ModelProto:
+def _finish(builder: Builder, graph: fx.GraphModule, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
     opset = [helper.make_opsetid("", builder.opset)]
     made = {name for node in builder.nodes for name in node.output} - set(outputs)
     proto = helper.make_graph(
@@ -280,6 +272,4 @@ def _infer_and_check(model: onnx.ModelProto, builder: Builder) -> None:
         raise ExportError(f"ONNX export wrote a model that onnx refuses: {error}") from error
     known = {info.name for info in model.graph.value_info}
     made = {name for node in model.graph.node for name in node.output} - {o.name for o in model.graph.output}
-    model.graph.value_info.extend(
-        i for i in inferred.graph.value_info if i.name in made and i.name not in known
-    )
+    model.graph.value_info.extend(i for i in inferred.graph.value_info if i.name in made and i.name not in known)

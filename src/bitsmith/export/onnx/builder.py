@@ -196,16 +196,12 @@ class Builder:
         if expression in self.symbols:
             label, source, axis = self.symbols[expression]
             shape = self.emit("Shape", [source], name=f"{source}_shape")[0]
-            return self.emit(
-                "Gather", [shape, self.constant(torch.tensor([axis]), "axis")], name=f"{label}_size"
-            )[0]
+            return self.emit("Gather", [shape, self.constant(torch.tensor([axis]), "axis")], name=f"{label}_size")[0]
         operator = {"Add": "Add", "Mul": "Mul", "FloorDiv": "Div", "Mod": "Mod", "PythonMod": "Mod"}.get(
             type(expression).__name__
         )
         if operator is None:
-            raise ExportError(
-                f"ONNX export: the size {expression} cannot be computed in the file; fix that dimension"
-            )
+            raise ExportError(f"ONNX export: the size {expression} cannot be computed in the file; fix that dimension")
         total = self._expression(expression.args[0])
         for term in expression.args[1:]:
             total = self.emit(operator, [total, self._expression(term)])[0]

@@ -70,9 +70,7 @@ def gelu(call: Call) -> Result:
     if call["approximate"] == "tanh":
         cube = call.emit("Mul", call.emit("Mul", x, x), x)
         inner = call.emit("Add", x, call.emit("Mul", cube, call.scalar(0.044715, dtype, "cubic")))
-        squashed = call.emit(
-            "Tanh", call.emit("Mul", inner, call.scalar(math.sqrt(2 / math.pi), dtype, "slope"))
-        )
+        squashed = call.emit("Tanh", call.emit("Mul", inner, call.scalar(math.sqrt(2 / math.pi), dtype, "slope")))
     else:
         squashed = call.emit("Erf", call.emit("Mul", x, call.scalar(_SQRT_HALF, dtype, "sqrt_half")))
     doubled = call.emit("Mul", x, call.emit("Add", squashed, call.scalar(1.0, dtype, "one")))
@@ -126,9 +124,7 @@ def log_softmax(call: Call) -> Result:
 def glu(call: Call) -> Result:
     dim = call.dim(call["dim"])
     half = int(call.out.shape[dim])
-    value, gate = call.builder.emit(
-        "Split", [call.tensor(), call.ints([half, half], "split")], outputs=2, axis=dim
-    )
+    value, gate = call.builder.emit("Split", [call.tensor(), call.ints([half, half], "split")], outputs=2, axis=dim)
     return call.emit("Mul", value, call.emit("Sigmoid", gate))
 
 

@@ -25,9 +25,7 @@ def conv(call: LayerCall) -> str:
     layer = call.layer
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if layer.padding_mode != "zeros":
-        raise _refuse(
-            call, f"padding_mode {layer.padding_mode!r}", "pad with torch.nn.functional.pad before the layer"
-        )
+        raise _refuse(call, f"padding_mode {layer.padding_mode!r}", "pad with torch.nn.functional.pad before the layer")
     kernel, dilation, rank = list(layer.kernel_size), list(layer.dilation), len(layer.kernel_size)
     if layer.padding == "same":
         pads = same_padding(kernel, dilation)
@@ -80,9 +78,7 @@ def batch_norm(call: LayerCall) -> str:
     ones = torch.ones_like(layer.running_mean)
     name = str(call.node.target)
     weight = call.optional_parameter("weight") or call.builder.initializer(f"{name}.weight", ones, share=True)
-    bias = call.optional_parameter("bias") or call.builder.initializer(
-        f"{name}.bias", ones - ones, share=True
-    )
+    bias = call.optional_parameter("bias") or call.builder.initializer(f"{name}.bias", ones - ones, share=True)
     return call.emit(
         "BatchNormalization", call.x, weight, bias, call.parameter("running_mean"),
         call.parameter("running_var"), epsilon=layer.eps,
@@ -109,9 +105,7 @@ def group_norm(call: LayerCall) -> str:
     shape = (layer.num_channels, *([1] * (fake(call.input).ndim - 2)))
     weight = call.parameter("weight", shape=shape) if layer.affine else None
     bias = call.parameter("bias", shape=shape) if layer.affine and layer.bias is not None else None
-    return emit_group_norm(
-        call.builder, call.x, fake(call.input).shape, layer.num_groups, weight, bias, layer.eps
-    )
+    return emit_group_norm(call.builder, call.x, fake(call.input).shape, layer.num_groups, weight, bias, layer.eps)
 
 
 @lowers_layer(nn.PReLU)

@@ -200,9 +200,7 @@ def not_equal(call: Call) -> Result:
 @lowers("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
 def where(call: Call) -> Result:
     dtype = call.out.dtype
-    return call.emit(
-        "Where", call.tensor("condition"), call.operand("self", dtype), call.operand("other", dtype)
-    )
+    return call.emit("Where", call.tensor("condition"), call.operand("self", dtype), call.operand("other", dtype))
 
 
 @lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
@@ -288,9 +286,7 @@ def _variance(call: Call) -> str:
         return variance
     sizes = [fake(call["self"]).shape[dim] for dim in dims]
     if any(isinstance(size, torch.SymInt) for size in sizes):
-        raise call.refuse(
-            "a corrected variance over a free dimension", "use correction=0 or fix the dimension"
-        )
+        raise call.refuse("a corrected variance over a free dimension", "use correction=0 or fix the dimension")
     count = 1
     for size in sizes:
         count *= int(size)

@@ -140,9 +140,7 @@ def emit_group_norm(
 @lowers("aten.layer_norm.default")
 def layer_norm(call: Call) -> Result:
     weight, bias = call.optional("weight"), call.optional("bias")
-    return emit_layer_norm(
-        call.builder, call.tensor("input"), call["normalized_shape"], weight, bias, call["eps"]
-    )
+    return emit_layer_norm(call.builder, call.tensor("input"), call["normalized_shape"], weight, bias, call["eps"])
 
 
 @lowers("aten.rms_norm.default")
@@ -167,9 +165,7 @@ def group_norm(call: Call) -> Result:
         call.emit("Unsqueeze", name, axes) if (name := call.optional(part)) is not None and rank > 2 else name
         for part in ("weight", "bias")
     )
-    return emit_group_norm(
-        call.builder, call.tensor("input"), x.shape, call["num_groups"], weight, bias, call["eps"]
-    )
+    return emit_group_norm(call.builder, call.tensor("input"), x.shape, call["num_groups"], weight, bias, call["eps"])
 
 
 @lowers("aten.instance_norm.default")
@@ -185,16 +181,12 @@ def instance_norm(call: Call) -> Result:
 @lowers("aten.batch_norm.default")
 def batch_norm(call: Call) -> Result:
     if call["running_mean"] is None or call["training"]:
-        raise call.refuse(
-            "a batch norm over the batch's own statistics", "train with track_running_stats=True"
-        )
+        raise call.refuse("a batch norm over the batch's own statistics", "train with track_running_stats=True")
     channels = fake(call["running_mean"]).shape[0]
     weight = call.optional("weight") or call.builder.constant(torch.ones(int(channels)), "ones")
     bias = call.optional("bias") or call.builder.constant(torch.zeros(int(channels)), "zeros")
     statistics = (call.tensor("running_mean"), call.tensor("running_var"))
-    return call.emit(
-        "BatchNormalization", call.tensor("input"), weight, bias, *statistics, epsilon=call["eps"]
-    )
+    return call.emit("BatchNormalization", call.tensor("input"), weight, bias, *statistics, epsilon=call["eps"])
 
 
 @lowers("aten._native_batch_norm_legit_no_training.default")

@@ -36,9 +36,7 @@ def _window(call: Call) -> dict[str, list[int]]:
     )}  # fmt: skip
 
 
-def _end_pads(
-    call: Call, kernel: list[int], stride: list[int], pads: list[int], dilation: list[int]
-) -> list[int]:
+def _end_pads(call: Call, kernel: list[int], stride: list[int], pads: list[int], dilation: list[int]) -> list[int]:
     """Padding at the end that yields torch's output size: no ceil_mode, in which runtimes differ."""
     if not call["ceil_mode"]:
         return pads
@@ -56,19 +54,13 @@ def _plain(window: dict[str, list[int]], *drop: str) -> dict[str, Any]:
     """Attributes without those that are at ONNX's default."""
     defaults = {"dilations": 1, "pads": 0, "strides": 1}
     return {
-        key: value
-        for key, value in window.items()
-        if key not in drop and any(v != defaults.get(key) for v in value)
+        key: value for key, value in window.items() if key not in drop and any(v != defaults.get(key) for v in value)
     }
 
 
 def _is_global(call: Call, window: dict[str, list[int]]) -> bool:
     sizes = call.fake().shape[2:]
-    return (
-        all(map(is_static, sizes))
-        and [int(s) for s in sizes] == window["kernel_shape"]
-        and not any(window["pads"])
-    )
+    return all(map(is_static, sizes)) and [int(s) for s in sizes] == window["kernel_shape"] and not any(window["pads"])
 
 
 @lowers("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default")
@@ -133,8 +125,6 @@ def adaptive_avg_pool(call: Call) -> Result:
     return _adaptive(call, "Average")
 
 
-@lowers(
-    "aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default", "aten.adaptive_max_pool3d.default"
-)
+@lowers("aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default", "aten.adaptive_max_pool3d.default")
 def adaptive_max_pool(call: Call) -> Result:
     return (_adaptive(call, "Max"),)

@@ -27,16 +27,12 @@ def _resize(call: Call, attributes: dict[str, Any]) -> str:
         return call.emit("Resize", call.tensor(), None, ends, **attributes)
     if given is not None and not _whole_ratio(given, sizes, outputs):
         # Sizes alone would lay the coordinates out by output / input, where torch uses the given factor.
-        raise call.refuse(
-            f"scale factors {given} that do not give the output size in float32", "give size= instead"
-        )
+        raise call.refuse(f"scale factors {given} that do not give the output size in float32", "give size= instead")
     if call.opset >= _AXES_OPSET:
         target = call.builder.shape_tensor(outputs)
         axes = list(range(2, call.out.ndim))
         return call.emit("Resize", call.tensor(), None, None, target, axes=axes, **attributes)
-    return call.emit(
-        "Resize", call.tensor(), None, None, call.builder.shape_tensor(call.out.shape), **attributes
-    )
+    return call.emit("Resize", call.tensor(), None, None, call.builder.shape_tensor(call.out.shape), **attributes)
 
 
 def _given_scales(call: Call) -> list[float] | None:
@@ -52,9 +48,7 @@ def _given_scales(call: Call) -> list[float] | None:
 
 def _exact_scales(sizes: Sequence[Dim], outputs: Sequence[Dim]) -> list[float] | None:
     """Whole-numbered factors; others are left to sizes."""
-    if not all(map(is_static, [*sizes, *outputs])) or any(
-        int(o) % int(s) for s, o in zip(sizes, outputs, strict=True)
-    ):
+    if not all(map(is_static, [*sizes, *outputs])) or any(int(o) % int(s) for s, o in zip(sizes, outputs, strict=True)):
         return None
     return [int(o) / int(s) for s, o in zip(sizes, outputs, strict=True)]
 
@@ -69,14 +63,11 @@ def _gives(scales: list[float], sizes: Sequence[Dim], outputs: Sequence[Dim]) ->
 
 def _whole_ratio(scales: list[float], sizes: Sequence[Dim], outputs: Sequence[Dim]) -> bool:
     return all(
-        is_static(s) and abs(scale - int(o) / int(s)) < 1e-6
-        for scale, s, o in zip(scales, sizes, outputs, strict=True)
+        is_static(s) and abs(scale - int(o) / int(s)) < 1e-6 for scale, s, o in zip(scales, sizes, outputs, strict=True)
     )
 
 
-@lowers(
-    *(f"aten.upsample_nearest{rank}d.{overload}" for rank in (1, 2, 3) for overload in ("default", "vec"))
-)
+@lowers(*(f"aten.upsample_nearest{rank}d.{overload}" for rank in (1, 2, 3) for overload in ("default", "vec")))
 def nearest(call: Call) -> Result:
     return _resize(call, _NEAREST)
 
@@ -99,6 +90,4 @@ def linear(call: Call) -> Result:
 @lowers("aten.upsample_bicubic2d.default", "aten.upsample_bicubic2d.vec")
 def cubic(call: Call) -> Result:
     coordinates = _coordinates(call)
-    return _resize(
-        call, {"mode": "cubic", "coordinate_transformation_mode": coordinates, "cubic_coeff_a": -0.75}
-    )
+    return _resize(call, {"mode": "cubic", "coordinate_transformation_mode": coordinates, "cubic_coeff_a": -0.75})

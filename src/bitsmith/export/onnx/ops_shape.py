@@ -77,9 +77,7 @@ def flatten(call: Call) -> Result:
     return reshape(call)
 
 
-@lowers(
-    "aten.permute.default", "aten.transpose.int", "aten.t.default", "aten.numpy_T.default", "aten.mT.default"
-)
+@lowers("aten.permute.default", "aten.transpose.int", "aten.t.default", "aten.numpy_T.default", "aten.mT.default")
 def permute(call: Call) -> Result:
     rank = call.fake().ndim
     order = list(range(rank))
@@ -145,11 +143,7 @@ def cat(call: Call) -> Result:
     # torch lets a cat hold one-dimensional empty tensors, of which nothing is left.
     parts = [part for part in call["tensors"] if not _is_empty(fake(part))]
     names = [call.builder.cast(call.builder.value(p), fake(p).dtype, call.out.dtype) for p in parts]
-    return (
-        names[0]
-        if len(names) == 1
-        else call.emit("Concat", *names, axis=call.dim(call["dim"], call.out.ndim))
-    )
+    return names[0] if len(names) == 1 else call.emit("Concat", *names, axis=call.dim(call["dim"], call.out.ndim))
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -270,9 +264,7 @@ def index_select(call: Call) -> Result:
 def index(call: Call) -> Result:
     given = [(dim, node) for dim, node in enumerate(call["indices"]) if node is not None]
     if len(given) != 1 or fake(given[0][1]).dtype not in (torch.int64, torch.int32):
-        raise call.refuse(
-            "indexing by several tensors or by a mask", "index along one dimension, or use torch.where"
-        )
+        raise call.refuse("indexing by several tensors or by a mask", "index along one dimension, or use torch.where")
     dim, node = given[0]
     return call.emit("Gather", call.tensor(), call.builder.value(node), axis=dim)
 
@@ -307,9 +299,7 @@ def roll(call: Call) -> Result:
 @lowers("aten.pixel_shuffle.default")
 def pixel_shuffle(call: Call) -> Result:
     if call.fake().ndim != 4:
-        raise call.refuse(
-            "only (batch, channels, height, width) inputs have DepthToSpace", "add a batch dimension"
-        )
+        raise call.refuse("only (batch, channels, height, width) inputs have DepthToSpace", "add a batch dimension")
     return call.emit("DepthToSpace", call.tensor(), blocksize=call["upscale_factor"], mode="CRD")
 
 

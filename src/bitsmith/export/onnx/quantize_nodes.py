@@ -25,13 +25,9 @@ def storage_dtype(grid: Grid, where: str, opset: int) -> torch.dtype:
     fmt = grid.format
     if isinstance(fmt, FloatFormat):
         if fmt not in _FLOAT8:
-            raise ExportError(
-                f"ONNX export of {where}: ONNX has no {fmt}; use FP8 E4M3 (reserved 'nan') or E5M2"
-            )
+            raise ExportError(f"ONNX export of {where}: ONNX has no {fmt}; use FP8 E4M3 (reserved 'nan') or E5M2")
         if opset < _FLOAT8_OPSET:
-            raise ExportError(
-                f"ONNX export of {where}: FP8 needs opset {_FLOAT8_OPSET} or later, not {opset}"
-            )
+            raise ExportError(f"ONNX export of {where}: FP8 needs opset {_FLOAT8_OPSET} or later, not {opset}")
         return _FLOAT8[fmt]
     if fmt.bits > 16:
         raise ExportError(f"ONNX export of {where}: QuantizeLinear has at most 16 bits, not {fmt.bits}")
@@ -65,9 +61,7 @@ def emit_activation(builder: Builder, node: fx.Node, quantizer: Quantizer, sourc
     axis = grid.axis if grid.scale.ndim else None
     if clip is not None and dtype in (torch.int16, torch.uint16):
         x = _float_clip(builder, node.name, x, grid, clip, where)
-    codes = builder.emit("QuantizeLinear", [x, scale, zero_point], name=f"{node.name}_quantized", axis=axis)[
-        0
-    ]
+    codes = builder.emit("QuantizeLinear", [x, scale, zero_point], name=f"{node.name}_quantized", axis=axis)[0]
     if clip is not None and dtype in (torch.int8, torch.uint8):
         bounds = [
             builder.initializer(f"{node.name}_{end}", torch.tensor(value, dtype=dtype), share=True)
@@ -106,9 +100,7 @@ def _clip_range(grid: Grid, dtype: torch.dtype, builder: Builder, where: str) ->
 def _float_clip(builder: Builder, name: str, x: str, grid: Grid, clip: tuple[int, int], where: str) -> str:
     """Clip before QuantizeLinear: onnxruntime has no integer Clip at 16 bits."""
     if grid.scale.ndim:
-        raise ExportError(
-            f"ONNX export of {where}: a clip of 16-bit codes must be per tensor; use 16 bits in full"
-        )
+        raise ExportError(f"ONNX export of {where}: a clip of 16-bit codes must be per tensor; use 16 bits in full")
     zero = 0 if grid.zero_point is None else int(grid.zero_point)
     bounds = [
         builder.initializer(f"{name}_{end}", (grid.scale * (code - zero)).float(), share=True)
@@ -181,9 +173,7 @@ def emit_parameter(
     scale, zero = grid.scale.float(), _zero_points(grid)
     if transposed and scale.ndim == 2:
         scale, zero = scale.t(), zero.t()
-    return _dequantize_codes(
-        builder, name, codes, grid, scale, zero, axis if scale.ndim else None, grid.group_size
-    )
+    return _dequantize_codes(builder, name, codes, grid, scale, zero, axis if scale.ndim else None, grid.group_size)
 
 
 def _blocked(builder: Builder, grid: Grid) -> bool:
@@ -218,9 +208,7 @@ def _emit_rows_of_groups(builder: Builder, name: str, tensor: Tensor, grid: Grid
     if transposed and tensor.ndim == 2:
         order = order[::-1]
     return (
-        weight
-        if order == sorted(order)
-        else builder.emit("Transpose", [weight], perm=order, name=f"{name}_moved")[0]
+        weight if order == sorted(order) else builder.emit("Transpose", [weight], perm=order, name=f"{name}_moved")[0]
     )
 
 
@@ -238,9 +226,7 @@ def _dequantize_codes(
     inputs = [codes_name, builder.initializer(f"{name}_scale", scale)]
     if data_type != TensorProto.INT32:  # beside int32 codes ONNX wants none
         inputs.append(_zero_point(builder, f"{name}_zero_point", zero, data_type))
-    return builder.emit(
-        "DequantizeLinear", inputs, name=f"{name}_dequantized", axis=axis, block_size=block_size
-    )[0]
+    return builder.emit("DequantizeLinear", inputs, name=f"{name}_dequantized", axis=axis, block_size=block_size)[0]
 
 
 def _code_initializer(builder: Builder, name: str, codes: Tensor, grid: Grid) -> tuple[str, int]:

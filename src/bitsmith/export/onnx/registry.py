@@ -189,9 +189,7 @@ def is_static(dim: Dim) -> bool:
 
 def unsupported(node: fx.Node, why: str, hint: str) -> UnsupportedOperatorError:
     """The error for what has no ONNX form here."""
-    return UnsupportedOperatorError(
-        f"ONNX export of {operator_name(node)} at node {node.name!r}: {why}; {hint}"
-    )
+    return UnsupportedOperatorError(f"ONNX export of {operator_name(node)} at node {node.name!r}: {why}; {hint}")
 
 
 def operator_name(node: fx.Node) -> str:
