@@ -86,7 +86,7 @@ NETS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, int], set[str]
     "residual": (Residual, IMAGE, {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1, **POOL}, set()),
     "branches": (Branches, IMAGE, {"QLinearConv": 3, "QLinearConcat": 1}, {"Clip", "Relu"}),
     "squeeze_excite": (SqueezeExcite, IMAGE, {"QLinearConv": 3, "QLinearMul": 1, **POOL}, set()),
-    "tokens": (Tokens, (4, 6, 16), {"MatMulIntegerToFloat": 2, "QLinearAdd": 1}, {"MatMul"}),
+    "tokens": (Tokens, (4, 6, 16), {"QGemm": 2, "QLinearAdd": 1}, {"MatMul"}),
     "moves": (Moves, IMAGE, {"QLinearConv": 2, "Resize": 1, "Split": 1, "Slice": 1, "Transpose": 2}, set()),
 }  # fmt: skip
 

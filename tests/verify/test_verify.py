@@ -159,7 +159,6 @@ def test_labels_and_names_of_inputs_are_understood(q: Any, file: Path) -> None:
         assert bs.verify(q, file, inputs).samples == 4
 
 
-@pytest.mark.xfail(reason="a linear over sequences is exported as MatMul and Add, whose kernel adds the bias in float")
 def test_a_linear_over_sequences_passes_to_the_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 5, 12)

@@ -17,7 +17,7 @@ def export_onnx(
     q: QuantizedModel, path: str | Path, style: Literal["qdq", "qcdq"] = "qdq", *, opset: int | None = None,
     pack_int4: bool = True,
 ) -> Path:  # fmt: skip
-    """Write ``q`` as ONNX: integer weights, int32 biases, QuantizeLinear and DequantizeLinear where codes begin and end.
+    """Write ``q`` as ONNX: integer weights, int32 biases, QuantizeLinear and DequantizeLinear around codes.
 
     ``style="qcdq"`` adds the Clip that widths other than 8 and 16 bits need; ``"qdq"`` has none, and refuses them.
     ``opset`` is 13 to 26. ``pack_int4`` packs weights of 4 bits and less as INT4 from opset 21 on; onnxruntime then

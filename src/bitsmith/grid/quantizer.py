@@ -16,6 +16,7 @@ class Quantizer(nn.Module):
     Without a grid it passes values through. ``set_grid`` gives it one; scale and zero point are buffers, so
     ``state_dict`` and ``.to(device)`` carry them. A Quantizer called at several places is one grid for all of them.
 
+    >>> import torch
     >>> from bitsmith.grid import Grid, IntFormat
     >>> quantizer = Quantizer(TensorSpec(format=IntFormat(8)))
     >>> quantizer.set_grid(Grid(IntFormat(8), torch.tensor(0.5)))

@@ -25,8 +25,6 @@ from . import laws
 from .accumulate import Carrier
 from .kernels import Kernel, build_kernel
 
-_EDGE = 1e-5  # a clamp at 6 and a grid that ends at float32(6 / 255) * 255 are the same
-
 
 @dataclass
 class Step:
@@ -124,13 +122,11 @@ class Program:
 
     @staticmethod
     def _clamps_are_covered(activations: list[fx.Node], grid: Grid) -> bool:
-        """Whether the grid's own ends clamp at least as tightly as the activation functions."""
-        low, high = (code * float(grid.scale) for code in laws.code_range(grid))
-        for node in activations:
-            least, greatest = clamp_bounds(node)
-            if low < least - _EDGE * max(abs(least), abs(high)) or high > greatest * (1 + _EDGE):
-                return False
-        return True
+        """Whether the grid's own ends clamp alike: a bound within half a step of an end rounds to it."""
+        scale = float(grid.scale)
+        low, high = (code * scale for code in laws.code_range(grid))
+        bounds = [clamp_bounds(node) for node in activations]
+        return all(low > least - scale / 2 and high < greatest + scale / 2 for least, greatest in bounds)
 
     def _runs_in_integers(self, source: fx.Node, coded: dict[fx.Node, Grid], *outputs: Grid) -> bool:
         op = op_of(source)

@@ -34,6 +34,7 @@ class ChannelMean:
 def correct_bias(layer: nn.Module, exact: ChannelMean, quantized: ChannelMean) -> Tensor:
     """b <- b + E[W x] - E[W' x'], in place; returns the change, shape (channels,).
 
+    >>> import torch
     >>> layer = nn.Linear(1, 1)
     >>> exact, quantized = ChannelMean(-1), ChannelMean(-1)
     >>> exact.update(torch.tensor([[3.0]])); quantized.update(torch.tensor([[2.5]]))

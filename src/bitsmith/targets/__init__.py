@@ -19,8 +19,8 @@ _TARGETS = {
             exact=True,
             notes=(
                 (
-                    "Measured on onnxruntime 1.31 with AVX-512 VNNI. CPUs without VNNI saturate pairs of u8 x s8 products "
-                    "in 16 bits, so that results there can differ from the law."
+                    "Measured on onnxruntime 1.31 with AVX-512 VNNI. CPUs without VNNI saturate pairs of u8 x s8 "
+                    "products in 16 bits, so that results there can differ from the law."
                 ),
                 "Transposed convolutions and operands of other widths than 8 bits run in float between Q and DQ.",
             ),

@@ -7,7 +7,7 @@ from torch import nn
 
 from ...errors import UnsupportedOperatorError
 from .ops_pool import per_axis
-from .registry import LayerCall, fake, lowers_layer, unsupported
+from .registry import LayerCall, fake, is_static, lowers_layer, unsupported
 
 
 def _refuse(call: LayerCall, why: str, hint: str) -> UnsupportedOperatorError:
@@ -63,10 +63,21 @@ def _batched(call: LayerCall, rank: int) -> str:
 def linear(call: LayerCall) -> str:
     if fake(call.input).ndim == 2 and not call.grouped("weight"):
         return call.emit("Gemm", call.x, call.parameter("weight"), call.optional_parameter("bias"), transB=1)
+    if not call.grouped("weight") and all(is_static(d) for d in fake(call.input).shape[1:]):
+        return _linear_over_rows(call)
     # MatMul has no transB: the weight is stored transposed, (in_features, out_features).
     bias = call.optional_parameter("bias")
     product = call.emit("MatMul", call.x, call.parameter("weight", transposed=True))
     return product if bias is None else call.emit("Add", product, bias)
+
+
+def _linear_over_rows(call: LayerCall) -> str:
+    """Leading axes as rows of one Gemm: its integer kernel adds the bias in integers, that of MatMul in float."""
+    inner = [int(d) for d in fake(call.input).shape[1:]]
+    rows = call.emit("Reshape", call.x, call.builder.constant(torch.tensor([-1, inner[-1]]), "rows"))
+    y = call.emit("Gemm", rows, call.parameter("weight"), call.optional_parameter("bias"), transB=1)
+    outer = torch.tensor([-1, *inner[:-1], int(fake(call.node).shape[-1])])
+    return call.emit("Reshape", y, call.builder.constant(outer, "shape"))
 
 
 @lowers_layer(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
