@@ -23,6 +23,7 @@ from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
 from .targets import Target, get_target
 
+_NOISE_SAMPLES, _GPTQ_SAMPLES = 128, 512
 _TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and its mode was restored"
 
 
@@ -30,7 +31,7 @@ def quantize(
     model: nn.Module, calibration: Iterable[Any], recipe: str | Path | Recipe = "int8",
     target: str | Target = "onnxruntime", *, placement: PlacementName | None = None,
     overrides: Iterable[Override] = (), example_inputs: Any = None, forward: ForwardFunction | None = None,
-    memory: str | int = "4GB", noise_samples: int = 128, progress: Progress | None = None,
+    memory: str | int = "4GB", noise_samples: int | None = None, progress: Progress | None = None,
 ) -> QuantizedModel:  # fmt: skip
     """Static post-training quantization of a trained model.
 
@@ -38,7 +39,8 @@ def quantize(
     elements are the model's inputs, or a dict by forward's parameter names; ``forward=lambda model, batch: ...``
     overrides that. ``recipe`` is a name, a Recipe or a YAML file, ``target`` a name or a Target; ``placement`` and
     ``overrides`` change the recipe's own. ``memory`` bounds the activations kept at a time, beyond which they go to
-    a temporary file. ``noise_samples`` is how many samples the per-layer noise is measured on.
+    a temporary file. ``noise_samples`` is how many samples the quantized stream follows, for per-layer noise and
+    the recipe's steps (default 128; 512 with GPTQ); ranges see all samples.
 
     The caller's model is not changed; in train mode it is run in eval mode and put back. Raises a subclass of
     BitsmithError that names the layer or the batch.
@@ -51,6 +53,7 @@ def quantize(
     1.0
     """
     recipe, target = _resolve(recipe, placement, overrides), get_target(target)
+    samples = noise_samples or (_GPTQ_SAMPLES if "gptq" in recipe.steps else _NOISE_SAMPLES)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     with evaluation_mode(model) as was_training:
@@ -64,7 +67,9 @@ def quantize(
         except CaptureError as error:
             if recipe.placement != "layerwise":
                 raise
-            hooked = quantize_hooked(model, batches, recipe, target, noise_samples=noise_samples, reason=str(error))
+            hooked = quantize_hooked(model, batches, recipe, target, noise_samples=samples, reason=str(error))
+            if undone := [step for step in recipe.steps if step in ("gptq", "bias_correction")]:
+                hooked.report.notes.append(f"not done, since there is no graph: {', '.join(undone)}")
             hooked.report.notes[:0] = [_TRAIN_MODE] if was_training else []
             return hooked
     clock.lap("capture")
@@ -76,8 +81,8 @@ def quantize(
     clock.lap("place")
     channels_last(graph)
     log = calibrate(
-        graph, placed, batches, target, memory=parse_memory(memory), noise_samples=noise_samples,
-        bias_correction="bias_correction" in recipe.steps, progress=progress,
+        graph, placed, batches, target, memory=parse_memory(memory), noise_samples=samples,
+        steps=recipe.steps, progress=progress,
     )  # fmt: skip
     clock.lap("calibrate")
     return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))

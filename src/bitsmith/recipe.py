@@ -13,7 +13,7 @@ from .errors import RecipeError
 from .grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
 
 PlacementName = Literal["runtime", "fx", "layerwise", "flexml"]
-StepName = Literal["fold_batch_norm", "bias_correction"]
+StepName = Literal["fold_batch_norm", "gptq", "bias_correction"]
 
 
 class Override(BaseModel):
@@ -49,7 +49,9 @@ class Override(BaseModel):
 class Recipe(BaseModel):
     """TensorSpecs for weights, activations and bias, a placement, steps, and overrides by layer.
 
-    ``weights`` or ``activations`` None leaves that side in float. Reads and writes YAML.
+    ``weights`` or ``activations`` None leaves that side in float. ``steps`` may hold ``fold_batch_norm``, ``gptq``
+    (arXiv 2210.17323) and ``bias_correction`` (arXiv 1906.04721); what is not listed is not done. Reads and writes
+    YAML.
 
     >>> recipe = load_recipe("int8")
     >>> recipe.weights.granularity, recipe.activations.symmetric
@@ -133,8 +135,9 @@ def bits_recipe(
 
 def _fp8() -> Recipe:
     weights = TensorSpec(format=FP8_E4M3, granularity="channel")
-    activations = TensorSpec(format=FP8_E4M3, range=RangeRule(name="percentile"))
-    return Recipe(name="fp8", weights=weights, activations=activations, bias=None)
+    activations = TensorSpec(format=FP8_E4M3, range=RangeRule(name="mse"))
+    steps: tuple[StepName, ...] = ("fold_batch_norm", "gptq", "bias_correction")
+    return Recipe(name="fp8", weights=weights, activations=activations, bias=None, steps=steps)
 
 
 NAMED: dict[str, Recipe] = {

@@ -25,14 +25,14 @@ _MIN_CHUNK = 4
 
 def calibrate(
     graph: fx.GraphModule, placed: Placed, batches: list[Arguments], target: Target, *, memory: int,
-    noise_samples: int = 128, bias_correction: bool = False, progress: Progress | None = None,
+    noise_samples: int = 128, steps: tuple[str, ...] = (), progress: Progress | None = None,
 ) -> WalkLog:  # fmt: skip
     """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
     set_weight_grids(placed)
     chunks = rechunk(graph, batches)
     return Walk(
         graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples,
-        bias_correction=bias_correction, progress=progress,
+        steps=steps, progress=progress,
     ).run()  # fmt: skip
 
 

@@ -20,7 +20,9 @@ from ..capture.ops import op_of
 from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, Quantizer, dequantize, quantize
 from ..grid.kernels import fake_quantize_
-from ..optimize import ChannelMean, correct_bias
+from ..optimize import gptq
+from ..optimize.bias_correction import ChannelMean, correct_bias
+from ..place.layers import QuantLayer
 from ..place.macs import elements_of
 from ..place.place import ScaleGroup
 from ..ranges import activation_grid, activation_statistic
@@ -53,7 +55,7 @@ class Walk:
 
     def __init__(
         self, graph: fx.GraphModule, batches: list[Arguments], groups: list[ScaleGroup], target: Target, *,
-        memory: int, noise_samples: int = 128, bias_correction: bool = False, progress: Progress | None = None,
+        memory: int, noise_samples: int = 128, steps: tuple[str, ...] = (), progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.target, self.progress = graph, target, progress
         self.chunks = list(batches)
@@ -61,7 +63,9 @@ class Walk:
         self.quantized_chunks = _chunks_for(self.counts, noise_samples)
         self.stages = cut_into_stages(graph)
         self.group_of = {id(q): group for group in groups for q in group.members}
-        self.means = self._correctable() if bias_correction else {}
+        self.steps = steps
+        self.adjustable = self._layers_called_once()
+        self.means = self._output_means() if "bias_correction" in steps else {}
         self._in_place = _overwritable(self.stages)
         self.grids: dict[int, Grid] = {}
         self.statistics: dict[int, Any] = {}
@@ -126,16 +130,38 @@ class Walk:
                 self.store.put(("float", stage.end.name, chunk), value)
             self._release("float", [source.name for source in stage.inputs])
 
-    def _correctable(self) -> dict[fx.Node, dict[str, ChannelMean]]:
-        """Layers with a bias of their own, and the means of both streams at their output."""
-        layers = [(s.compute, s.layer) for s in self.stages if s.compute is not None and s.layer is not None]
-        owners = Counter(id(layer.layer) for _, layer in layers)
-        means = {}
-        for node, layer in layers:
-            if layer.bias is not None and owners[id(layer.layer)] == 1:
-                axis = -1 if isinstance(layer.layer, nn.Linear) else 1
-                means[node] = {"float": ChannelMean(axis), "quantized": ChannelMean(axis)}
-        return means
+    def _layers_called_once(self) -> dict[fx.Node, QuantLayer]:
+        """Layers whose parameters no other call shares: only these may be changed for what one call sees."""
+        layers = {s.compute: s.layer for s in self.stages if s.compute is not None and s.layer is not None}
+        calls = Counter(id(layer.layer) for layer in layers.values())
+        return {node: layer for node, layer in layers.items() if calls[id(layer.layer)] == 1}
+
+    def _output_means(self) -> dict[fx.Node, dict[str, ChannelMean]]:
+        """For each layer with a bias of its own the means of both streams at its output."""
+        axes = {
+            node: -1 if isinstance(layer.layer, nn.Linear) else 1
+            for node, layer in self.adjustable.items()
+            if layer.bias is not None
+        }
+        return {node: {"float": ChannelMean(axis), "quantized": ChannelMean(axis)} for node, axis in axes.items()}
+
+    def _round_weights(self, stage: Stage) -> None:
+        """GPTQ on what the layer reads in the quantized stream."""
+        node = stage.compute
+        layer = self.adjustable.get(node) if node is not None and "gptq" in self.steps else None
+        if node is None or layer is None or not gptq.applies(layer):
+            return
+        head, source = stage.nodes[: stage.nodes.index(node)], node.args[0]
+        assert isinstance(source, fx.Node)
+        assert layer.weight_quantizer is not None
+        hessian = gptq.Hessian(layer.layer)
+        for chunk in range(self.quantized_chunks):
+            env = self._inputs("quantized", stage, chunk)
+            self._run_nodes("quantized", head, env, chunk)
+            hessian.update(env[source])
+        weight = layer.layer.weight
+        assert isinstance(weight, Tensor)
+        weight.data.copy_(gptq.gptq(weight, hessian.value, layer.weight_quantizer.require_grid()))
 
     def _correct_bias(self, stage: Stage) -> bool:
         """Take a layer's mean error out of its bias; its corrected outputs are kept, so that it runs only once."""
@@ -154,6 +180,7 @@ class Walk:
         return True
 
     def _run_quantized(self, stage: Stage) -> None:
+        self._round_weights(stage)
         corrected = self._correct_bias(stage)
         noise = Noise() if stage.compute is not None and _is_float(stage.end.meta.get("val")) else None
         for chunk in range(self.quantized_chunks):
@@ -196,7 +223,7 @@ class Walk:
             env[node] = self._call(stream, node, env)
             if node in self.means and chunk < self.quantized_chunks:
                 self.means[node][stream].update(env[node])  # now: an activation may overwrite it
-        return env[nodes[-1]]
+        return env[nodes[-1]] if nodes else None
 
     def _call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args = fx.map_arg(node.args, lambda n: env[n])

@@ -1,5 +1,1 @@
-"""Algorithms that change weights and biases to lose less; visitors of the walk."""
-
-from .bias_correction import ChannelMean, correct_bias
-
-__all__ = ["ChannelMean", "correct_bias"]
+"""Algorithms that change weights and biases to lose less; visitors of the walk, one file each."""

@@ -29,9 +29,7 @@ OLDEST_OPSET = 13
 # onnxruntime 1.31 and OpenVINO 2026.4 run all that is written here at each of 13 .. 26, onnxruntime with
 # the same fusions; it refuses 27.
 NEWEST_OPSET = min(26, onnx.defs.onnx_opset_version())
-# 21 is the first with INT4, 16-bit and blocked DequantizeLinear. Later ones bring nothing that is used here,
-# and a newer number only shuts older runtimes out.
-DEFAULT_OPSET = 21
+DEFAULT_OPSET = NEWEST_OPSET
 _LARGE_TENSOR = 1 << 16
 
 

@@ -1,0 +1,110 @@
+"""GPTQ: round weights column by column, each time letting the columns to come make up for the error.
+
+Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; symbols as there. All groups of a grouped layer are
+done side by side: the leading axis of every tensor here is the group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..grid import Grid, fake_quantize
+from ..place.layers import QuantLayer
+
+_DAMPING = 0.01  # of the mean diagonal of H
+_BLOCK = 128  # columns whose updates of the rest are put off and applied at once
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Hessian:
+    """H = sum of x x^T over all patches that a layer's weights meet, shape (groups, columns, columns).
+
+    >>> layer = nn.Linear(2, 3)
+    >>> hessian = Hessian(layer)
+    >>> hessian.update(torch.tensor([[1.0, 2.0]]))
+    >>> hessian.value
+    tensor([[[1., 2.],
+             [2., 4.]]], dtype=torch.float64)
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        groups = getattr(layer, "groups", 1)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        assert isinstance(groups, int)
+        columns = weight[0].numel()
+        self.value = torch.zeros(groups, columns, columns, dtype=torch.float64, device=weight.device)
+
+    def update(self, x: Tensor) -> None:
+        """Add the patches of one chunk of inputs."""
+        patches = _patches(self.layer, x)  # (groups, columns, count)
+        self.value += (patches @ patches.mT).double()
+
+
+def applies(layer: QuantLayer) -> bool:
+    """Whether GPTQ is defined here for a layer: linear or convolution, one scale or one per output channel."""
+    grid = layer.weight_quantizer.grid if layer.weight_quantizer is not None else None
+    if grid is None or grid.group_size is not None or (grid.scale.ndim and grid.axis != 0):
+        return False
+    if isinstance(layer.layer, _CONV):
+        return layer.layer.padding_mode == "zeros" and not isinstance(layer.layer.padding, str)
+    return isinstance(layer.layer, nn.Linear)
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each row of the weight is multiplied with: (groups, columns, count)."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1]).T.unsqueeze(0)
+    conv: Any = layer
+    rank = x.ndim - 2
+    x = F.pad(x, [edge for p in reversed(conv.padding) for edge in (p, p)])
+    for axis in range(rank):  # (batch, channels, *out, *kernel)
+        span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
+    x = x.reshape(x.shape[0], conv.groups, -1, *x.shape[2:])  # (batch, groups, in / groups, *out, *kernel)
+    kernel = range(3 + rank, 3 + 2 * rank)
+    return x.permute(1, 2, *kernel, 0, *range(3, 3 + rank)).flatten(1 + rank + 1).flatten(1, 1 + rank)
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """The weight on ``grid``, its rounding errors spread by ``hessian``; shapes as those of the layer.
+
+    ``weight`` is (out, in / groups, *kernel) with a grid per tensor or per output channel.
+
+    >>> w = torch.tensor([[0.4, 0.4]])
+    >>> h = torch.tensor([[[1.0, 0.999], [0.999, 1.0]]], dtype=torch.float64)  # two nearly equal inputs
+    >>> from bitsmith.grid import IntFormat
+    >>> gptq(w, h, Grid(IntFormat(4), torch.tensor(1.0))).sum()  # 0.4 + 0.4 rounds to 1, not to 0 + 0
+    tensor(1.)
+    """
+    groups, columns = hessian.shape[0], hessian.shape[-1]
+    w = weight.detach().double().reshape(groups, -1, columns).clone()  # (groups, rows, columns)
+    h = hessian.clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0  # inputs that are always 0: their weights do not matter
+    diagonal += dead + _DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    quantized = torch.empty_like(w)
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        errors = torch.zeros_like(w[..., start:stop])
+        for i in range(start, stop):
+            quantized[..., i] = _column(w[..., i], grid)
+            error = (w[..., i] - quantized[..., i]) / u[:, i, i, None]
+            w[..., i:stop] -= error.unsqueeze(-1) * u[:, i, None, i:stop]
+            errors[..., i - start] = error
+        w[..., stop:] -= errors @ u[:, start:stop, stop:]
+    return quantized.reshape(weight.shape).to(weight.dtype)
+
+
+def _column(values: Tensor, grid: Grid) -> Tensor:
+    """One column, (groups, rows), on the grid of its rows."""
+    rows = values.float().reshape(-1, 1)
+    if grid.scale.ndim:
+        grid = Grid(grid.format, grid.scale, grid.zero_point, axis=0)
+    return fake_quantize(rows, grid).reshape(values.shape).double()
