@@ -14,12 +14,13 @@ from torch import Tensor
 from ..capture.inputs import Arguments, positional, sample_count
 from ..capture.ops import op_of, quantizer_of
 from ..errors import VerificationError
-from ..grid import IntFormat
+from ..grid import FloatFormat, IntFormat
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
 from .engines import Engine, EngineName, open_engine
 
 FLOAT_KERNEL_BOUND = 8.0  # LSB, where the runtime computes in float: summation order moves values across ties
+SMALL_FLOAT_BOUND = 16.0  # LSB, for FP8: a step of its grid is up to an eighth of the value
 _PASSIVE = {"reshape", "transpose", "slice", "getitem", "max_pool", "pad", "resize_nearest"}
 
 
@@ -30,7 +31,7 @@ def verify(
     """Hold an exported file against the model it came from, on ``inputs`` (batches, as for calibration).
 
     ``max_lsb`` overrides the difference that is allowed: 0 where the target's law is known for every operator of
-    the model, else ``FLOAT_KERNEL_BOUND``. The certificate says whether it passed; nothing is raised for a
+    the model, else a bound (``FLOAT_KERNEL_BOUND``, ``SMALL_FLOAT_BOUND``). The certificate says whether it passed; nothing is raised for a
     difference, only for a file that cannot be run.
     """
     if engine is None:
@@ -66,7 +67,7 @@ def certify(
     """The certificate of measured differences."""
     floats = float_operators(q)
     exact = q.target.exact and runtime.name == "onnxruntime" and not floats and not runtime.float_compute_kernels
-    allowed = max_lsb if max_lsb is not None else 0.0 if exact else FLOAT_KERNEL_BOUND
+    allowed = max_lsb if max_lsb is not None else 0.0 if exact else _bound(q)
     passed, verdict = judge(outputs, floats or list(runtime.float_compute_kernels), exact, allowed)
     return Certificate(
         file=path.name, sha256=file_digest(path), engine=runtime.name, engine_version=runtime.version,
@@ -76,6 +77,13 @@ def certify(
         file_bytes=file_bytes(path), float_bytes=float_bytes(q), allowed_max_lsb=allowed, passed=passed,
         verdict=verdict,
     )  # fmt: skip
+
+
+def _bound(q: QuantizedModel) -> float:
+    """What is allowed where the runtime computes in float."""
+    activations = q.recipe.activations
+    small = activations is not None and isinstance(activations.format, FloatFormat)
+    return SMALL_FLOAT_BOUND if small else FLOAT_KERNEL_BOUND
 
 
 def float_operators(q: QuantizedModel) -> list[str]:
