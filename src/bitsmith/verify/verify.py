@@ -31,8 +31,8 @@ def verify(
     """Hold an exported file against the model it came from, on ``inputs`` (batches, as for calibration).
 
     ``max_lsb`` overrides the difference that is allowed: 0 where the target's law is known for every operator of
-    the model, else a bound (``FLOAT_KERNEL_BOUND``, ``SMALL_FLOAT_BOUND``). The certificate says whether it passed; nothing is raised for a
-    difference, only for a file that cannot be run.
+    the model, else ``FLOAT_KERNEL_BOUND`` or, for FP8, ``SMALL_FLOAT_BOUND``. The certificate says whether it passed;
+    nothing is raised for a difference, only for a file that cannot be run.
     """
     if engine is None:
         engine = "openvino" if q.target.engine == "openvino" else "onnxruntime"
