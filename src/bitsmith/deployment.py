@@ -13,23 +13,43 @@ from torch import Tensor
 from .errors import DataError
 from .model import QuantizedModel
 from .verify.engines import Engine, EngineName, open_engine
+from .verify.verify import input_names
 
 
 class Deployed:
     """A file loaded into a runtime. Takes and returns tensors; ``engine`` says what runs it."""
 
-    def __init__(self, engine: Engine, folder: TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self, engine: Engine, folder: TemporaryDirectory[str] | None = None, model: QuantizedModel | None = None
+    ) -> None:
         self.engine = engine
+        self.model = model
         self._folder = folder  # holds the file for as long as the runtime may read it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Outputs as a tensor, or a tuple of tensors where the file has several."""
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if len(tensors) != len(self.engine.inputs):
-            raise DataError(f"the file has inputs {self.engine.inputs}, but {len(tensors)} tensors were given")
-        feeds = {n: np.ascontiguousarray(t.detach().cpu().numpy()) for n, t in zip(self.engine.inputs, tensors)}
+        """Outputs in the model's own structure; of a file alone a tensor, or a tuple of tensors."""
+        if self.model is not None:
+            args, kwargs = self.model.arguments(args, kwargs)
+            names = input_names(self.model)
+            values = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            tensors = {n: t for n, t in zip(names, values) if n in self.engine.inputs}
+        else:
+            tensors = self._by_name(args, kwargs)
+        feeds = {name: np.ascontiguousarray(t.detach().cpu().numpy()) for name, t in tensors.items()}
         outputs = tuple(torch.from_numpy(np.asarray(array)) for array in self.engine.run(feeds))
+        if self.model is not None:
+            return self.model.restructure(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Positional tensors in the order of the file's inputs, the others by name."""
+        values = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        free = [name for name in self.engine.inputs if name not in kwargs]
+        if len(values) != len(free) or not kwargs.keys() <= set(self.engine.inputs):
+            named = f" ({', '.join(kwargs)} by name)" if kwargs else ""
+            count = len(values) + len(kwargs)
+            raise DataError(f"the file has inputs {self.engine.inputs}, but {count} tensors were given{named}")
+        return {**dict(zip(free, values)), **kwargs}
 
     def __repr__(self) -> str:
         return f"Deployed({self.engine.name} {self.engine.version}, inputs={self.engine.inputs})"
@@ -54,7 +74,7 @@ def deploy(
 
     folder = TemporaryDirectory(prefix="bitsmith-deploy-")
     path = export_onnx(q, Path(folder.name) / "model.onnx", style="qcdq" if _needs_clip(q) else "qdq")
-    return Deployed(open_engine(path, engine, threads), folder)
+    return Deployed(open_engine(path, engine, threads), folder, q)
 
 
 def _needs_clip(q: QuantizedModel) -> bool:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import fx, nn
 
 from .calibrate import calibrate, parse_memory
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, evaluation_mode, read_batches
-from .errors import CaptureError, PlacementError
+from .errors import CaptureError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
 from .place.place import Placed, place
 from .prepare import fold_batch_norm
@@ -52,8 +53,9 @@ def quantize(
     >>> q.report.coverage.fraction
     1.0
     """
+    _check_arguments(model, noise_samples)
     recipe, target = _resolve(recipe, placement, overrides), get_target(target)
-    samples = noise_samples or (_GPTQ_SAMPLES if "gptq" in recipe.steps else _NOISE_SAMPLES)
+    samples = noise_samples if noise_samples else _GPTQ_SAMPLES if "gptq" in recipe.steps else _NOISE_SAMPLES
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     with evaluation_mode(model) as was_training:
@@ -101,9 +103,33 @@ def finish(
     clock.lap("compile")
     q.report.seconds = dict(seconds)
     coverage = q.report.coverage
+    if coverage.fraction < recipe.min_coverage:
+        raise PlacementError(
+            f"{coverage.fraction:.1%} of the multiply-accumulates run in integers on {target.name}, less than "
+            f"min_coverage {recipe.min_coverage:.1%}; in float run {', '.join(coverage.float_layers[:8])}"
+        )
+    if recipe.weights and recipe.activations and not coverage.integer_macs:
+        q.report.notes.append(
+            f"no multiply-accumulate runs in integers on {target.name}: the file is smaller, but not faster. It "
+            f"computes in integers with {' or '.join(map(str, target.integer_bits))} bits and placement 'runtime'"
+        )
     if recipe.weights and recipe.activations and coverage.total_macs and not coverage.quantized_macs:
         raise PlacementError("no multiply-accumulate of the model has both operands quantized: nothing was gained")
     return q
+
+
+def _check_arguments(model: Any, noise_samples: int | None) -> None:
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise DataError(f"model must be a torch.nn.Module with trained weights, not {kind}")
+    if isinstance(model, QuantizedModel):
+        raise DataError("this model is quantized already: quantize the float model that it came from")
+    if noise_samples is not None and noise_samples < 1:
+        raise DataError(f"noise_samples={noise_samples}: at least one sample is needed")
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if wrong:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wrong))
+        raise DataError(f"the model has {names} parameters; quantization starts from float32: call model.float() first")
 
 
 def channels_last(graph: fx.GraphModule) -> None:
@@ -121,7 +147,11 @@ def _resolve(recipe: str | Path | Recipe, placement: PlacementName | None, overr
         changes["placement"] = placement
     if more := tuple(overrides):
         changes["overrides"] = (*resolved.overrides, *more)
-    return Recipe.model_validate({**resolved.model_dump(), **changes}) if changes else resolved
+    try:
+        return Recipe.model_validate({**resolved.model_dump(), **changes}) if changes else resolved
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"placement and overrides do not fit the recipe: {problems}") from error
 
 
 class _Clock:

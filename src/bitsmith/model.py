@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture.inputs import positional
+from .capture.inputs import Arguments, positional
 from .errors import DataError
 from .integer.program import Program
 from .recipe import Recipe
@@ -50,9 +50,21 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The simulated outputs, in float."""
+        args, kwargs = self.arguments(args, kwargs)
+        return self.program(*args, **kwargs)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Checked arguments, in the order in which the model was captured."""
         args, kwargs = positional(self.signature, args, kwargs)
         self._check_inputs(args, kwargs)
-        return self.program(*args, **kwargs)
+        return args, kwargs
+
+    def restructure(self, outputs: tuple[Tensor, ...]) -> Any:
+        """Flat output tensors in the structure that the model returns."""
+        output = next(n for n in self.graph.graph.nodes if n.op == "output")
+        rest, leaves = iter(outputs), torch.utils._pytree.tree_leaves(output.args[0])
+        flat = [next(rest) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        return self.graph.graph._codegen.process_outputs(flat)
 
     def integer_executor(self) -> Program:
         """The model in integer tensors alone: the oracle that simulation and files are held against."""
@@ -69,6 +81,9 @@ class QuantizedModel(nn.Module):
             expected = node.meta.get("val")
             if not isinstance(expected, Tensor) or not isinstance(value, Tensor):
                 continue
+            if value.dtype != expected.dtype:
+                found, wanted_type = (str(d).removeprefix("torch.") for d in (value.dtype, expected.dtype))
+                raise DataError(f"input {node.name!r} is {found}, but the model was captured with {wanted_type}")
             fixed = [(i, d) for i, d in enumerate(expected.shape) if isinstance(d, int)]
             if value.ndim != expected.ndim or any(value.shape[i] != d for i, d in fixed):
                 shape = ["any" if isinstance(d, torch.SymInt) else d for d in expected.shape]

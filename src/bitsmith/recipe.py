@@ -164,6 +164,8 @@ int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
         return recipe
     if isinstance(recipe, str) and recipe in NAMED:
         return NAMED[recipe]
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(f"a recipe is a name, a Recipe or the path of a YAML file, not a {type(recipe).__name__}")
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         try:

@@ -94,6 +94,16 @@ def test_activation_rules_do_a_single_value_and_tiny_batches(rule: str) -> None:
         assert fake_quantize(torch.tensor([value]), grid).item() == pytest.approx(value, rel=0.02)
 
 
+@pytest.mark.parametrize(("least", "greatest"), [(5.0, 5.3), (0.09, 0.12), (-3.1, -3.0), (-5.0, -0.1)])
+@pytest.mark.parametrize("rule", ACTIVATION_RULES)
+def test_activation_rules_do_values_on_one_side_of_zero(rule: str, least: float, greatest: float) -> None:
+    """Nothing straddles 0, yet the grid holds it: the range is from 0 to the far end."""
+    x = torch.linspace(least, greatest, 4000)
+    for fmt in (IntFormat(4), IntFormat(8)):
+        for symmetric in (True, False):
+            check_grid(watched(spec_of(rule, fmt, symmetric), x), x)
+
+
 @pytest.mark.parametrize("rule", ACTIVATION_RULES)
 def test_activation_rules_say_whether_they_have_channels(rule: str) -> None:
     spec = TensorSpec(format=IntFormat(8), granularity="channel", range={"name": rule})

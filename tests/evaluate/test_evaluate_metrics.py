@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +91,46 @@ def test_a_failing_metric_is_named_with_its_shapes() -> None:
 
     with pytest.raises(DataError, match=r"metric failed on outputs \(2, 3\).*oops"):
         evaluate(lambda x: x, ArrayData(torch.ones(2, 3), torch.zeros(2)), metric=metric)
+
+
+@pytest.mark.parametrize("parameters", ["", "outputs", "outputs, targets, more", "outputs, *, targets"])
+def test_a_metric_that_cannot_be_called_is_refused_when_it_is_loaded(tmp_path: Path, parameters: str) -> None:
+    (tmp_path / "fac.py").write_text(f"def make({parameters}):\n    return 0.5\n")
+    with pytest.raises(DataError, match=r"fac.py:make' takes \(.*\), but a metric is called as function\(outputs"):
+        load_metric(f"{tmp_path / 'fac.py'}:make")
+
+
+@pytest.mark.parametrize("parameters", ["outputs, targets", "*arrays", "outputs, targets, more=1", "o, t, /"])
+def test_a_metric_may_take_more_than_it_is_given(tmp_path: Path, parameters: str) -> None:
+    (tmp_path / "fac.py").write_text(f"def make({parameters}):\n    return 0.5\n")
+    assert load_metric(f"{tmp_path / 'fac.py'}:make")(torch.ones(1), torch.ones(1)) == 0.5
+
+
+@pytest.mark.parametrize("result", [1, 1.0, True, np.float32(1), np.ones((1, 1)), torch.tensor(1), torch.ones(1)])
+def test_a_metric_may_return_any_kind_of_real_number(result: Any) -> None:
+    assert evaluate(lambda x: x, ArrayData(torch.ones(2, 3), torch.zeros(2)), metric=lambda *_: result).metric == 1.0
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (None, "returned None"),
+        ("0.5", "returned a str"),
+        (torch.ones(2), "returned a float32 tensor of shape"),
+        (1j, "returned a complex"),
+        (np.array(["0.5"]), "returned a ndarray"),
+        (float("nan"), "finite"),
+        (torch.tensor(float("inf")), "finite"),
+    ],
+)
+def test_a_metric_that_returns_no_number_is_refused(result: Any, words: str) -> None:
+    with pytest.raises(DataError, match=rf"your metric .*{words}"):
+        evaluate(lambda x: x, ArrayData(torch.ones(2, 3), torch.zeros(2)), metric=lambda *_: result)
+
+
+def test_a_metric_without_targets_is_refused_and_not_zero() -> None:
+    with pytest.raises(DataError, match="no targets"):
+        evaluate(lambda x: x, ArrayData(torch.ones(2, 3)), metric=lambda *_: 1.0)
 
 
 def test_labels_beyond_the_scores_are_explained() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitsmith.grid import FP8_E4M3, IntFormat, TensorSpec, fake_quantize
 from bitsmith.ranges import Histogram, activation_grid, activation_statistic, solve_grid
-from bitsmith.ranges.clipping import mse
+from bitsmith.ranges.clipping import kl, mse
 
 
 def laplace(count: int = 100_000) -> Tensor:
@@ -84,3 +84,37 @@ def test_non_negative_data_keeps_zero_as_its_lower_end() -> None:
         grid = activation_grid(statistic, spec, non_negative=True)
         assert grid.format == IntFormat(8, signed=False)
         assert 2.0 < float(grid.scale) * 255 <= float(x.max()) * 1.001
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", ["mse", "histogram_l2"])
+def test_values_far_from_zero_are_searched_on_the_grid_they_get(name: str, sign: float) -> None:
+    """An affine grid holds 0: giving up the upper end for a finer step must count the levels below the values."""
+    x = sign * (torch.rand(16, 8, generator=torch.Generator().manual_seed(0)) * 0.3 + 5)
+    spec = TensorSpec(format=IntFormat(8, signed=False), symmetric=False, range={"name": name})
+    statistic = activation_statistic(spec)
+    statistic.update(x)
+    loss = (fake_quantize(x, activation_grid(statistic, spec)) - x).square().mean()
+    minmax = solve_grid(float(x.min()), float(x.max()), spec)
+    assert loss <= 1.1 * (fake_quantize(x, minmax) - x).square().mean()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", ["mse", "histogram_l2", "kl"])
+def test_an_outlier_on_one_side_of_zero_is_given_up(name: str, sign: float) -> None:
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    x = sign * torch.cat([values, torch.tensor([100.0])])
+    spec = TensorSpec(format=IntFormat(4, signed=False), symmetric=False, range={"name": name})
+    statistic = activation_statistic(spec)
+    statistic.update(x)
+    assert float(activation_grid(statistic, spec).scale) * 15 < 20
+
+
+def test_kl_keeps_zero_in_the_range_when_it_clips() -> None:
+    """A threshold below all values, as a coarse grid may choose, is no range that is upside down."""
+    x = torch.cat([torch.full((100_000,), 5.0), torch.full((1,), 5.3)])
+    spec = TensorSpec(format=IntFormat(4), symmetric=False, range={"name": "kl"})
+    statistic = activation_statistic(spec)
+    statistic.update(x)
+    lo, hi = kl(statistic.finish(), spec)  # type: ignore[arg-type]
+    assert float(lo) <= 0.0 < float(hi)

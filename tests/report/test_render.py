@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from bitsmith.report.model import Coverage, LayerReport, Report
-from bitsmith.report.render import count, coverage_line, report_view, size
+from bitsmith.report.render import certificate_table, count, coverage_line, report_view, size
 
 
 def shown(what: object, width: int = 80) -> str:
@@ -59,3 +59,21 @@ def test_numbers_have_three_digits() -> None:
         "0", "999", "1.00 k", "12.3 k", "999 k", "41.1 M",
     ]  # fmt: skip
     assert size(999) == "999 B"
+
+
+def test_a_report_prints_as_a_table_of_100_columns() -> None:
+    layers = [layer(f"layer{i}.conv", 20.0 + i, "a remark that goes on and on " * 5) for i in range(5)]
+    report = Report(recipe="int8", target="onnxruntime", placement="runtime", samples=1000, layers=layers)
+    lines = str(report).splitlines()
+    assert lines[0] == "int8 for onnxruntime, placement runtime, 1,000 calibration samples"
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("layer0.conv") and "weakest" in line for line in lines)
+    assert "\x1b" not in str(report)
+    assert repr(report).startswith("Report(recipe='int8', target='onnxruntime'")
+    assert "multiply-accumulates" in str(Report())
+
+
+def test_the_certificates_float_size_is_named_after_what_it_counts() -> None:
+    """The table of results shows the float file, which is larger than its parameters."""
+    text = " ".join(shown(certificate_table({"file_bytes": 30, "float_bytes": 100})).split())
+    assert text == "bytes of the file 30 bytes of the float parameters 100"

@@ -53,6 +53,14 @@ def change_one_code(model: onnx.ModelProto, layer: str) -> None:
     replace(tensor, codes)
 
 
+def shift_a_kernel(model: onnx.ModelProto, layer: str, by: int = 40) -> None:
+    """All codes between the first input and the first output channel, by ``by``."""
+    tensor = initializer(model, layer, "weight", dtype=np.int8)
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[0, 0] = np.clip(codes[0, 0].astype(int) + by, -127, 127)
+    replace(tensor, codes)
+
+
 def change_one_bias(model: onnx.ModelProto, layer: str) -> None:
     """One bias code, by one step of the accumulator."""
     tensor = initializer(model, layer, "bias", dtype=np.int32)

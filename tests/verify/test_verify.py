@@ -23,6 +23,7 @@ from file_mutations import (
     mutated,
     rename_input,
     set_scale,
+    shift_a_kernel,
     swap_outputs,
 )
 from safetensors.torch import load_file, save_file
@@ -178,27 +179,39 @@ class Gelu(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "placement", "net"),
+    ("recipe", "placement", "net", "bound"),
     [
-        ("int16", "runtime", TwoHeads),
-        ("w8a16", "runtime", TwoHeads),
-        ("int8", "layerwise", TwoHeads),
-        ("int8", "runtime", Gelu),
-        ("fp8", "runtime", TwoHeads),
+        ("int16", "runtime", TwoHeads, 1.0),
+        ("w8a16", "runtime", TwoHeads, 1.0),
+        ("int8", "layerwise", TwoHeads, 8.0),
+        ("int8", "runtime", Gelu, 8.0),
+        ("fp8", "runtime", TwoHeads, 16.0),
     ],
 )
-def test_float_kernels_are_held_to_a_bound_and_named(recipe: str, placement: Any, net: Any, tmp_path: Path) -> None:
+def test_float_kernels_are_held_to_a_bound_and_named(
+    recipe: str, placement: Any, net: Any, bound: float, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     q = bs.quantize(net(), [images(32)], recipe=recipe, placement=placement)
     path = bs.export_onnx(q, tmp_path / "model.onnx")
     certificate = bs.verify(q, path, images(32, seed=1))
     assert certificate.passed
-    assert certificate.allowed_max_lsb == 8.0
+    assert certificate.allowed_max_lsb == bound
     assert certificate.float_operators or certificate.float_compute_kernels
-    assert certificate.max_lsb <= 8.0
     assert all(o.max_integer_vs_simulation == 0 for o in certificate.outputs)
     broken = mutated(path, tmp_path / "broken.onnx", lambda m: set_scale(m, 1.0, "conv.weight"))
     assert not bs.verify(q, broken, images(32, seed=1)).passed
+
+
+def test_a_float_layer_at_the_end_does_not_excuse_the_layers_before_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 4))
+    x = torch.randn(32, 3, 8, 8)
+    q = bs.quantize(net, [x], overrides=[bs.Override(match="last", exclude=True)])
+    path = bs.export_onnx(q, tmp_path / "model.onnx")
+    assert bs.verify(q, path, x).passed
+    broken = mutated(path, tmp_path / "broken.onnx", partial(shift_a_kernel, layer="0"))
+    assert not bs.verify(q, broken, x).passed
 
 
 def test_the_allowed_difference_can_be_chosen(q: Any, file: Path, tmp_path: Path) -> None:

@@ -87,9 +87,13 @@ def parse_memory(memory: str | int) -> int:
     2000000000
     """
     if isinstance(memory, int):
-        return memory
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
-    if match is None:
-        raise CalibrationError(f"memory={memory!r} is not a size: write for example '2GB' or '512MiB'")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
+        size = memory
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE)
+        if match is None:
+            raise CalibrationError(f"memory={memory!r} is not a size: write for example '2GB' or '512MiB'")
+        number, unit, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
+    if size <= 0:
+        raise CalibrationError(f"memory={memory!r} leaves no room: write a positive size, such as '2GB' or '512MiB'")
+    return size

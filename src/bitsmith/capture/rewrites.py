@@ -29,6 +29,7 @@ def simplify(graph: fx.GraphModule) -> None:
 def write_out(graph: fx.GraphModule) -> None:
     """Composite operators in the vocabulary of a LayerGraph."""
     _merge_means(graph)
+    _one_dimensional_pools(graph)
     _decompose_attention(graph)
 
 
@@ -267,6 +268,28 @@ def _mean_axes(node: fx.Node) -> set[int] | None:
     return {int(d) % source.meta["val"].ndim for d in dims}
 
 
+def _one_dimensional_pools(graph: fx.GraphModule) -> None:
+    """``max_pool1d`` as ``max_pool2d`` over rows of height 1: torch has no kernel for integers in one dimension."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or aten_name(node) != "max_pool1d":
+            continue
+        source, kernel, *rest = node.args
+        stride, padding, dilation, ceil_mode = (list(rest) + [[], 0, 1, False][len(rest) :])[:4]
+
+        def row(value: Any, unit: int) -> list[int]:
+            values = [value] if isinstance(value, int) else list(value)
+            return [unit, *values] if values else []
+
+        sizes = (row(kernel, 1), row(stride, 1), row(padding, 0), row(dilation, 1))
+        with graph.graph.inserting_before(node):
+            rows = _call(graph.graph, aten.unsqueeze.default, source, 2)
+            pooled = _call(graph.graph, aten.max_pool2d.default, rows, *sizes, ceil_mode)
+            flat = _call(graph.graph, aten.squeeze.dim, pooled, 2)
+        node.replace_all_uses_with(flat)
+        graph.graph.erase_node(node)
+
+
 def _decompose_attention(graph: fx.GraphModule) -> None:
     """Write attention out as matmul, softmax, matmul, so that both products can be quantized."""
     for node in list(graph.graph.nodes):
@@ -284,10 +307,7 @@ def _write_out_attention(graph: fx.Graph, node: fx.Node) -> None:
         return  # left whole, in float
 
     def call(target: Any, *args: Any) -> fx.Node:
-        created = graph.call_function(target, args)
-        fake = fx.map_arg(args, lambda n: n.meta["val"])
-        created.meta = {**node.meta, "val": target(*fake)}
-        return created
+        return _call(graph, target, *args)
 
     with graph.inserting_before(node):
         scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)

@@ -44,7 +44,10 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class ArrayData:
-    """Samples in memory. ``indices`` are those that take part, in this order; None means all."""
+    """Samples in memory. ``indices`` are those that take part, in this order; None means all.
+
+    ``note`` says how the values were converted, if they were.
+    """
 
     x: Tensor
     y: Tensor | None = None
@@ -52,6 +55,7 @@ class ArrayData:
     batch: int = BATCH
     indices: tuple[int, ...] | None = None
     preprocess: Preprocess | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         if self.y is not None and len(self.y) != len(self.x):
@@ -157,8 +161,8 @@ def load_data(
 
     ``spec`` is a folder with one sub-folder of images per class, an ``.npz`` or ``.safetensors`` file with
     ``x`` and ``y``, or ``file.py:factory`` for any iterable of batches. In files, float ``x`` is used as it
-    is; uint8 ``x`` is taken for images and goes through the mean and std of ``preprocess``. Samples of the
-    same source that ``exclude`` uses are left out.
+    is (in float32); uint8 ``x`` is taken for images and goes through the mean and std of ``preprocess``: what
+    was converted is told in the result's ``note``. Samples of the same source that ``exclude`` uses are left out.
     """
     if samples is not None and samples < 1:
         raise DataError(f"{samples} samples of {spec!r} were asked for: at least one is needed")
@@ -279,11 +283,32 @@ def _read_arrays(path: Path, preprocess: Preprocess, batch: int) -> ArrayData:
             f"save the inputs as x and the labels as y"
         )
     x, y = tensors["x"], tensors.get("y")
+    note = _conversion(x, path, preprocess)
     x, used = _inputs(x, path, preprocess)
     if y is not None and not y.is_floating_point():
         y = y.long()
         y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
-    return ArrayData(x, y, name=str(path), batch=batch, preprocess=used)
+    return ArrayData(x, y, name=str(path), batch=batch, preprocess=used, note=note)
+
+
+def _conversion(x: Tensor, path: Path, preprocess: Preprocess) -> str | None:
+    """What happens to ``x`` before the network sees it; None where it is taken as it is."""
+    kind = str(x.dtype).removeprefix("torch.")
+    if x.dtype == torch.uint8:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocess.mean, preprocess.std))
+        moved = " moved from NHWC to NCHW," if _channels_last(x) else ""
+        return (
+            f"x in {str(path)!r} is uint8 and taken for images:{moved} divided by 255, less the mean ({mean}), "
+            f"divided by the standard deviation ({std}), neither resized nor cropped"
+        )
+    if x.is_floating_point() and x.dtype != torch.float32:
+        return f"x in {str(path)!r} is {kind}, converted to float32 without any scaling"
+    return None
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether images are NHWC, as image readers give them."""
+    return x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3)
 
 
 def _inputs(x: Tensor, path: Path, preprocess: Preprocess) -> tuple[Tensor, Preprocess | None]:
@@ -291,8 +316,8 @@ def _inputs(x: Tensor, path: Path, preprocess: Preprocess) -> tuple[Tensor, Prep
     if x.ndim == 0:
         raise DataError(f"x in {str(path)!r} is a single number: its first dimension must count the samples")
     if x.dtype == torch.uint8:
-        if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
-            x = x.permute(0, 3, 1, 2)  # NHWC, as image readers give it
+        if _channels_last(x):
+            x = x.permute(0, 3, 1, 2)
         if x.ndim != 4:
             raise DataError(f"x in {str(path)!r} is uint8 of shape {tuple(x.shape)}: images are (N, C, H, W)")
         return x, preprocess

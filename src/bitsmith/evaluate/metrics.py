@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -131,8 +134,20 @@ def _run(model: Model, inputs: tuple[Any, ...], data: Data) -> Tensor:
 
 
 def load_metric(spec: str) -> Metric:
-    """The user's ``file.py:function(outputs, targets) -> float``."""
-    return load_callable(spec, "a metric, function(outputs, targets) -> float", DataError)
+    """The user's ``file.py:function(outputs, targets) -> float``; DataError where it cannot be called so."""
+    metric = load_callable(spec, "a metric, function(outputs, targets) -> float", DataError)
+    try:
+        signature = inspect.signature(metric)
+    except (TypeError, ValueError):  # a built-in that does not tell
+        return metric
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise DataError(
+            f"{spec!r} takes {signature}, but a metric is called as function(outputs, targets), with two "
+            f"positional arguments, and returns a number: {error}"
+        ) from error
+    return metric
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
@@ -176,7 +191,7 @@ class _Tally:
         self.metric = metric
         self.seconds = 0.0
         self.samples = self.right = self.right5 = self.same = 0
-        self.labelled = self.scored = self.compared = False
+        self.labelled = self.scored = self.compared = self.measured = False
         self.classes = 0
         self.error = self.power = self.measure = 0.0
         self.elements = 0
@@ -188,6 +203,7 @@ class _Tally:
             self._add_labels(output, targets)
         if targets is not None and self.metric is not None:
             self.measure += self._measure(output, targets) * size
+            self.measured = True
         if expected is not None:
             self._add_expected(output, expected, is_scores)
 
@@ -225,17 +241,26 @@ class _Tally:
 
     def _measure(self, output: Tensor, targets: Tensor) -> float:
         assert self.metric is not None
+        given = f"outputs {tuple(output.shape)} and targets {tuple(targets.shape)}"
         try:
-            return float(self.metric(output, targets))
+            result = self.metric(output, targets)
         except Exception as error:
-            raise DataError(
-                f"your metric failed on outputs {tuple(output.shape)} and targets {tuple(targets.shape)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise DataError(f"your metric failed on {given}: {type(error).__name__}: {error}") from error
+        number = _real(result)
+        if number is None:
+            raise DataError(f"your metric returned {_shown(result)} for {given}: it must return one real number")
+        if not math.isfinite(number):
+            raise DataError(f"your metric returned {number} for {given}: it must return a finite number")
+        return number
 
     def finish(self) -> Metrics:
         if not self.samples:
             raise DataError(f"{self.name} holds no samples: there is nothing to evaluate")
+        if self.metric is not None and not self.measured:
+            raise DataError(
+                f"your metric takes outputs and targets, but {self.name} gives no targets to judge with: give "
+                f"validation data with targets (y), or leave the metric out"
+            )
         percent = 100.0 / self.samples
         return Metrics(
             samples=self.samples,
@@ -247,6 +272,23 @@ class _Tally:
             metric=self.measure / self.samples if self.metric is not None else None,
             seconds=round(self.seconds, 3),
         )
+
+
+def _real(value: Any) -> float | None:
+    """``value`` as a float if it is one real number: Python's, NumPy's or a tensor of one element."""
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(np.asarray(value, dtype=np.float64))
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def sqnr_db(power: float, error: float) -> float | None:

@@ -42,10 +42,10 @@ class _Simulation(nn.Module):
 
     def __init__(self, q: QuantizedModel) -> None:
         super().__init__()
-        self.graph = q.graph
+        self.layers = q.graph  # not 'graph': that is a name of fx's own
 
     def forward(self, *args: Any) -> Any:
-        return self.graph(*args)
+        return self.layers(*args)
 
 
 def export_pt2(q: QuantizedModel, path: str | Path) -> Path:

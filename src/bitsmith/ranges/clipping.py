@@ -34,9 +34,8 @@ def mse(summary: Summary, spec: TensorSpec, non_negative: bool = False) -> tuple
     >>> bool(0.8 < hi < 1.5)
     True
     """
-    lo, hi = summary.lo.cpu().double().clamp(max=0.0), summary.hi.cpu().double().clamp(min=0.0)
-    if non_negative:
-        lo = torch.zeros_like(lo)
+    least, greatest = (end.cpu().double() for end in _with_zero(summary))
+    lo, hi = torch.zeros_like(least) if non_negative else least, greatest
     one_sided = spec.symmetric or bool(lo == 0) or bool(hi == 0)
     moves = [(True, True)] if one_sided else [(True, True), (False, True), (True, False)] * 2
     count = spec.range.candidates
@@ -46,7 +45,7 @@ def mse(summary: Summary, spec: TensorSpec, non_negative: bool = False) -> tuple
         for move_lo, move_hi in moves:
             ends = [torch.cat([end[None], end * (ratios if move else torch.ones_like(ratios))])
                     for end, move in ((lo, move_lo), (hi, move_hi))]  # fmt: skip
-            los, his = ends[0].clamp(min=float(summary.lo)), ends[1].clamp(max=float(summary.hi))
+            los, his = ends[0].clamp(min=float(least)), ends[1].clamp(max=float(greatest))
             if spec.symmetric:  # the threshold is common: a side within it is not clipped
                 threshold = torch.maximum(-ends[0], ends[1])
                 los, his = torch.maximum(lo, -threshold), torch.minimum(hi, threshold)
@@ -106,10 +105,14 @@ def histogram_l2(summary: Summary, spec: TensorSpec, non_negative: bool = False)
         edges = np.arange(counts.size + 1, dtype=np.float64) * summary.width
     else:
         counts, edges = _used(summary)
+    mirrored = float(edges[-1]) <= 0.0  # no positive values: the search moves the end away from 0
+    if mirrored:
+        counts, edges = counts[::-1], -edges[::-1]
+    zero = int(np.searchsorted(edges, 0.0))  # every grid holds 0, so neither end moves past it
     cumulative = np.cumsum(counts)
     steps = np.arange(1, 50_000) * 1e-5 * cumulative[-1]
-    firsts = np.searchsorted(cumulative, steps, side="left")
-    lasts = np.searchsorted(cumulative, cumulative[-1] - steps, side="left")
+    firsts = np.minimum(np.searchsorted(cumulative, steps, side="left"), zero)
+    lasts = np.maximum(np.searchsorted(cumulative, cumulative[-1] - steps, side="left"), zero - 1)
     start, end, left, right = 0, len(counts) - 1, 0, 0
     best, norm_min, rises = (start, end), np.inf, 0
     while left < len(steps) and right < len(steps) and start < end:
@@ -127,9 +130,12 @@ def histogram_l2(summary: Summary, spec: TensorSpec, non_negative: bool = False)
         elif (rises := rises + 1) >= _PATIENCE:
             break
     low, high = float(edges[best[0]]), float(edges[best[1] + 1])
+    if mirrored:
+        low, high = -high, -low
     if spec.symmetric and signed:
         low = -high
-    return torch.tensor(max(low, float(summary.lo))), torch.tensor(min(high, float(summary.hi)))
+    least, greatest = _with_zero(summary)
+    return torch.tensor(max(low, float(least))), torch.tensor(min(high, float(greatest)))
 
 
 def _l2_norm(counts: _Array, edges: _Array, lo: float, hi: float, cells: int) -> float:
@@ -170,13 +176,16 @@ def kl(summary: Summary, spec: TensorSpec, non_negative: bool = False) -> tuple[
         counts[0] = counts[1]
     signed = float(summary.lo) < 0 and not non_negative
     levels = max(_levels(spec) // 2 if signed else _levels(spec), 2)
+    # Of values far from 0 only those count: a threshold at the first of them would "keep" all there is.
+    fewest = int(np.flatnonzero(counts)[0]) + levels
     best, least = bins, np.inf
-    for kept in range(min(levels, bins), bins + 1):
+    for kept in range(min(fewest, bins), bins + 1):
         divergence = _divergence(counts, kept, levels)
         if divergence <= least:
             best, least = kept, divergence
     threshold = torch.tensor(best * per_bin * summary.width)
-    return torch.maximum(summary.lo.cpu(), -threshold), torch.minimum(summary.hi.cpu(), threshold)
+    low, high = (end.cpu() for end in _with_zero(summary))
+    return torch.maximum(low, -threshold), torch.minimum(high, threshold)
 
 
 def _divergence(counts: _Array, kept: int, levels: int) -> float:
@@ -207,13 +216,19 @@ def _magnitudes(summary: Summary) -> _Array:
     return counts[: int(np.flatnonzero(counts)[-1]) + 1]
 
 
+def _with_zero(summary: Summary) -> tuple[Tensor, Tensor]:
+    """The ends of the values, widened to include 0 as every grid does: the interval to search in."""
+    return summary.lo.clamp(max=0.0), summary.hi.clamp(min=0.0)
+
+
 def _used(summary: Summary) -> tuple[_Array, _Array]:
-    """The histogram's non-empty stretch and its edges."""
+    """The histogram's non-empty stretch, widened to include 0, and its edges."""
     assert summary.counts is not None
     counts = summary.counts.numpy()
+    half = counts.size // 2
     filled = np.flatnonzero(counts)
-    first, last = int(filled[0]), int(filled[-1])
-    edges = (np.arange(first, last + 2, dtype=np.float64) - counts.size // 2) * summary.width
+    first, last = min(int(filled[0]), half), max(int(filled[-1]), half - 1)
+    edges = (np.arange(first, last + 2, dtype=np.float64) - half) * summary.width
     return counts[first : last + 1], edges
 
 

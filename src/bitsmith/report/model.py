@@ -57,3 +57,9 @@ class Report(BaseModel):
     layers: list[LayerReport] = []
     notes: list[str] = []
     seconds: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        """The report as a table, 100 columns wide; ``repr`` has every field."""
+        from .render import report_text
+
+        return report_text(self)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +29,8 @@ _CONTENTS = {
     "quantized.json": "for bitsmith.load: formats and scales",
     "quantized.safetensors": "for bitsmith.load: weights",
 }
+# The float file of the results' table also holds a graph: it is larger than the parameters alone.
+_CERTIFICATE_LABELS = {"file_bytes": "bytes of the file", "float_bytes": "bytes of the float parameters"}
 
 
 def layer_table(report: Report, *, weakest: int = 3, only_weakest: bool = False) -> RenderableType:
@@ -65,6 +68,21 @@ def report_view(report: Report) -> RenderableType:
     return Group(layer_table(report), Text(""), *(Text(line) for line in lines))
 
 
+def report_text(report: Report, width: int = 100) -> str:
+    """The whole report as plain text of at most ``width`` columns, for ``print``."""
+    parts = [report.recipe, f"for {report.target}" if report.target else ""]
+    heading = " ".join(part for part in parts if part)
+    facts = [f"placement {report.placement}"] if report.placement else []
+    facts += [f"{report.samples:,} calibration samples"] if report.samples else []
+    facts += [f"SQNR of the outputs {report.output_sqnr_db:.1f} dB"] if report.output_sqnr_db is not None else []
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    if heading or facts:
+        console.print(Text(", ".join([heading] * bool(heading) + facts)), "", sep="\n")
+    console.print(report_view(report))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
 def coverage_line(report: Report) -> str:
     """How much runs in integers, in one sentence.
 
@@ -98,7 +116,7 @@ def summary_table(result: JobResult) -> Table:
     sizes, latency = result.sizes, result.latency
     file_of = {"float": "float", "deployed": "quantized"}  # which file each column is about
     if sizes:
-        table.add_row("file size", *(_size_cell(sizes, file_of.get(name)) for name in present))
+        table.add_row("size of the ONNX file", *(_size_cell(sizes, file_of.get(name)) for name in present))
     for batch, times in latency.items():
         cells = [_latency_cell(times, file_of.get(name)) for name in present]
         table.add_row(f"latency, batch {batch}", *cells)
@@ -122,7 +140,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
             continue
         if key == "outputs":
             continue
-        table.add_row(key.replace("_", " "), escape(_plain(value)))
+        table.add_row(_CERTIFICATE_LABELS.get(key, key.replace("_", " ")), escape(_plain(value)))
     for output in certificate.get("outputs") or []:
         numbers = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in output.items() if key != "name"]
         table.add_row("output", escape(f"{output.get('name')}: ") + ", ".join(numbers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def verify_folder(folder: str | Path) -> Certificate:
         outputs.append(
             compare_output(known.name, known.lsb, file, integer.flatten().double(), simulation.flatten().double())
         )
-    passed, verdict = judge(outputs, recorded.float_operators, recorded.allowed_max_lsb == 0, recorded.allowed_max_lsb)
+    passed, verdict = judge(
+        outputs, recorded.float_operators, recorded.allowed_max_lsb == 0, recorded.allowed_max_lsb,
+        math.inf if recorded.allowed_mean_lsb is None else recorded.allowed_mean_lsb,
+    )  # fmt: skip
     return recorded.model_copy(
         update={
             "outputs": outputs,
