@@ -66,8 +66,7 @@ def test_the_quantized_model_stays_close_and_runs_deployed(case: Case) -> None:
     assert q.report.coverage.quantized_fraction == 1.0
     if case.name == "LSTM in the middle":
         return  # simulated only: there is no ONNX form for it yet
-    deployed = bs.deploy(q)(*args, **kwargs)
-    files = list(deployed) if isinstance(deployed, tuple) else [deployed]
+    files = tree_leaves(bs.deploy(q)(*args, **kwargs))
     allowed = 0.0 if not float_operators(q) else 1e-5
     for a, b in zip(files, simulated):
         assert float((a - b).abs().max()) <= allowed * float(b.abs().max())

@@ -309,6 +309,99 @@ def test_the_users_metric_reaches_the_table(calls: dict[str, Any], arrays: str, 
     assert "your metric 0.5000 0.5000" in flat(result.stdout)
 
 
+W4A4 = "weights: {format: {bits: 4}}\nactivations: {format: {bits: 4}}\n"
+W8A8 = "weights: {format: {bits: 8}}\nactivations: {format: {bits: 8}}\n"
+OVERRIDDEN = W8A8 + "overrides: [{match: first, activations: {format: {bits: 6}}}]\n"
+NARROW = "weights: {format: {bits: 8}}\nactivations: {format: {bits: 8, narrow: true}}\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "style"),
+    [(W4A4, "qcdq"), (OVERRIDDEN, "qcdq"), (NARROW, "qcdq"), (W8A8, "qdq"), ("w8a16", "qdq"), ("fp8", "qdq")],
+)
+def test_the_style_follows_the_recipe(
+    calls: dict[str, Any], arrays: str, tmp_path: Path, recipe: str, style: str
+) -> None:
+    if "\n" in recipe:
+        (tmp_path / "r.yaml").write_text(recipe)
+        recipe = str(tmp_path / "r.yaml")
+    out = tmp_path / "o"
+    arguments = ("--calibration", arrays, "--recipe", recipe, "-o", str(out), "--no-latency")
+    result = run("quantize", "bitsmith.demo:digits_net", *arguments)
+    assert result.exit_code == 0, result.output
+    assert calls["style"] == style
+    assert json.loads((out / "report.json").read_text())["job"]["style"] == style
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--recipe", W4A4, "--style", "qdq"), "4-bit activations"),
+        (("--recipe", OVERRIDDEN, "--style", "qdq"), "6-bit activations"),
+        (("--recipe", NARROW, "--style", "qdq"), "narrow activations"),
+        (("--recipe", "int9"), "no recipe is called 'int9'"),
+        (("--target", "toaster"), "'toaster'"),
+        (("--recipe", W8A8.replace("8", "20")), "bits"),
+        (("--opset", "12"), "opset 12: ONNX export writes opsets 13 to"),
+        (("--opset", "99"), "opset 99"),
+        (("--recipe", "w8a16", "--opset", "20"), "16-bit integers, which ONNX has from opset 21"),
+        (("--recipe", "fp8", "--opset", "18"), "small floats, which ONNX has from opset 19"),
+        (("--memory", "much"), "is not a size"),
+        (("--memory", "0GB"), "leaves no room"),
+        (("--metric", "no_such_file.py:f"), "is not a file"),
+    ],
+)
+def test_settings_are_checked_before_any_data_is_read(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    (tmp_path / "r.yaml").write_text(next((o for o in options if "\n" in o), ""))
+    chosen = [str(tmp_path / "r.yaml") if "\n" in option else option for option in options]
+    data = str(tmp_path / "no_such_data.npz")  # reading it would be another error
+    result = run("quantize", "bitsmith.demo:digits_net", "--calibration", data, "-o", str(tmp_path / "o"), *chosen)
+    assert result.exit_code == 1
+    assert words in flat(result.stderr)
+
+
+def test_opsets_that_suffice_are_taken() -> None:
+    for recipe, opset in (("w8a16", 21), ("fp8", 19), ("int8", 13)):
+        assert job.check_settings(job.JobSettings(recipe=recipe, opset=opset)).opset == opset
+
+
+def test_a_metric_without_validation_data_is_an_error(calls: dict[str, Any], arrays: str, tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text("def half(outputs, targets):\n    return 0.5\n")
+    arguments = ("--calibration", arrays, "--metric", f"{tmp_path / 'm.py'}:half")
+    result = run("evaluate", "bitsmith.demo:digits_net", *arguments)
+    assert result.exit_code == 1
+    assert "give validation data" in flat(result.stderr)
+    assert "samples" not in calls
+
+
+def test_conversions_of_the_data_are_noted_once(calls: dict[str, Any], tmp_path: Path) -> None:
+    _, (x, y) = digits()
+    np.savez(tmp_path / "double.npz", x=x[:60].double().numpy(), y=y[:60].numpy())
+    np.savez(tmp_path / "bytes.npz", x=(x[:60] * 255).to(torch.uint8).numpy(), y=y[:60].numpy())
+    for name, words in (("double", "is float64, converted to float32"), ("bytes", "is uint8 and taken for images")):
+        data, out = str(tmp_path / f"{name}.npz"), tmp_path / name
+        result = run("quantize", "bitsmith.demo:digits_net", "--calibration", data, "--validation", data, "--mean", "0",
+                     "--std", "1", "--calibration-samples", "20", "-o", str(out), "--no-latency")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        notes = json.loads((out / "report.json").read_text())["notes"]
+        assert len([note for note in notes if words in note]) == 1
+        assert words in flat(result.stdout)
+
+
+def test_verify_takes_the_file_for_its_folder(calls: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    def verify_folder(folder: Path) -> Certificate:
+        assert folder == tmp_path
+        return Certificate(lsb=0, passed=True, verdict="PASSED", file="model.onnx")
+
+    monkeypatch.setattr(sys.modules["bitsmith.verify"], "verify_folder", verify_folder)
+    for name in ("model.onnx", "other.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    assert run("verify", str(tmp_path / "model.onnx")).exit_code == 0
+    other = run("verify", str(tmp_path / "other.onnx"))
+    assert other.exit_code == 1
+    assert "is about model.onnx" in other.stderr
+
+
 def test_verify_prints_the_certificate_as_text_and_json(calls: dict[str, Any], tmp_path: Path) -> None:
     assert "max lsb 0" in flat(run("verify", str(tmp_path)).stdout)
     data = json.loads(run("verify", str(tmp_path), "--json").stdout)

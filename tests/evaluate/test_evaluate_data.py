@@ -107,6 +107,26 @@ def test_uint8_arrays_are_images(tmp_path: Path) -> None:
     assert np.allclose(x.numpy(), pixels.transpose(0, 3, 1, 2) / 255.0)
 
 
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.zeros((4, 5, 6, 3), np.uint8), ("is uint8", "NHWC to NCHW", "divided by 255", "mean (0, 0, 0)")),
+        (np.zeros((4, 3, 5, 6), np.uint8), ("is uint8", "deviation (1, 1, 1)")),
+        (np.zeros((4, 2), np.float64), ("is float64", "float32 without any scaling")),
+        (np.zeros((4, 2), np.float16), ("is float16",)),
+        (np.zeros((4, 2), np.float32), ()),
+        (np.zeros((4, 2), np.int64), ()),
+    ],
+)
+def test_conversions_are_told(tmp_path: Path, x: np.ndarray, words: tuple[str, ...]) -> None:
+    np.savez(tmp_path / "a.npz", x=x)
+    for data in (load_data(str(tmp_path / "a.npz"), preprocess=PLAIN), load_data(str(tmp_path / "a.npz"), samples=2)):
+        assert isinstance(data, ArrayData)
+        assert (data.note is None) == (not words)
+    note = load_data(str(tmp_path / "a.npz"), preprocess=PLAIN).note or ""  # type: ignore[attr-defined]
+    assert all(word in note for word in words)
+
+
 def test_unlabelled_arrays_give_inputs_alone(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((4, 2), np.float32))
     (batch,) = list(load_data(str(tmp_path / "a.npz")))

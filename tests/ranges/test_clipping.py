@@ -116,5 +116,5 @@ def test_kl_keeps_zero_in_the_range_when_it_clips() -> None:
     spec = TensorSpec(format=IntFormat(4), symmetric=False, range={"name": "kl"})
     statistic = activation_statistic(spec)
     statistic.update(x)
-    lo, hi = kl(statistic.finish(), spec)  # type: ignore[arg-type]
+    lo, hi = kl(statistic.finish(), spec)
     assert float(lo) <= 0.0 < float(hi)

@@ -22,14 +22,15 @@ def demo(
     """Run the whole job on a small digits network."""
     from ..demo import digits, digits_net, one_thread
     from ..evaluate import ArrayData
-    from ..evaluate.job import Job, JobSettings, run_job
+    from ..evaluate.job import Job, JobSettings, check_settings, run_job
 
+    settings = check_settings(JobSettings(recipe=recipe, target=target, latency=latency, latency_seconds=1.0))
     train, test = digits()
     job = Job(
         digits_net(),
         calibration=ArrayData(*train, name="digits, 1,000 training images"),
         validation=ArrayData(*test, name="digits, 797 test images"),
-        settings=JobSettings(recipe=recipe, target=target, latency=latency, latency_seconds=1.0),
+        settings=settings,
         show_progress=None,
         say=say,
     )

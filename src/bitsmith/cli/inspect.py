@@ -14,17 +14,23 @@ from .app import NOT_CERTIFIED, app
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="What 'bitsmith quantize' wrote", metavar="FOLDER")],
+    folder: Annotated[
+        Path, typer.Argument(help="What 'bitsmith quantize' wrote, or model.onnx in it", metavar="FOLDER")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON")] = False,
 ) -> None:
     """Check that the file in FOLDER computes what was measured.
 
     Exit status 3 when it does not compute the same.
     """
+    from ..errors import VerificationError
     from ..report.render import certificate_line, certificate_table
     from ..verify import verify_folder
 
-    certificate = verify_folder(folder)
+    file = folder if folder.is_file() else None
+    certificate = verify_folder(folder if file is None else file.parent)
+    if file is not None and certificate.file != file.name:
+        raise VerificationError(f"{file} has no certificate: the one in its folder is about {certificate.file}")
     data = certificate.model_dump(mode="json")
     if as_json:
         typer.echo(json.dumps(data, indent=2))

@@ -46,7 +46,10 @@ Placement = Annotated[
     Literal["runtime", "fx", "flexml", "layerwise"] | None,
     typer.Option(help="Where quantizers stand [default: as in the recipe]", show_default=False),
 ]
-Style = Annotated[Literal["qdq", "qcdq"], typer.Option(help="How the ONNX file says what is quantized")]
+Style = Annotated[
+    Literal["auto", "qdq", "qcdq"],
+    typer.Option(help="How the ONNX file says what is quantized; auto: qcdq where the recipe's bits need it, else qdq"),
+]
 Opset = Annotated[int | None, typer.Option(help="ONNX opset [default: the newest that runs]", show_default=False)]
 Memory = Annotated[str, typer.Option(help="Memory for activations; what exceeds it goes to disk")]
 Resize = Annotated[int, typer.Option(min=0, help="Images: the shorter side becomes this; 0: as it is")]

@@ -30,7 +30,7 @@ def quantize(
     placement: o.Placement = None,
     calibration_samples: o.CalibrationSamples = 1000,
     validation_samples: o.ValidationSamples = None,
-    style: o.Style = "qdq",
+    style: o.Style = "auto",
     opset: o.Opset = None,
     memory: o.Memory = "4GB",
     resize: o.Resize = 256,
@@ -121,14 +121,15 @@ def make_job(
 ) -> Job:
     """Load what the options name; the job is then ready to run."""
     from ..evaluate import load_data, load_metric, load_model, weights_note
-    from ..evaluate.job import Job
+    from ..evaluate.job import Job, check_settings
 
-    # Data first: it is checked in a moment, while a large model takes a while to build.
+    # What costs least comes first: settings, the metric, the data, and the model, which may take a while to build.
+    settings = check_settings(settings)
+    measure = None if metric is None else load_metric(metric)
     found = load_data(calibration, samples=drawing.calibration, preprocess=images, seed=drawing.seed)
     judged = None
     if validation is not None:
         judged = load_data(validation, samples=drawing.validation, preprocess=images, seed=drawing.seed, exclude=found)
-    measure = None if metric is None else load_metric(metric)
     loaded = load_model(model, weights)
     if (note := weights_note(model, weights)) is not None:
         say(f"note: {note}")

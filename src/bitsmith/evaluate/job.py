@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from ..calibrate import parse_memory
 from ..deployment import deploy
 from ..errors import DataError, ExportError, VerificationError
 from ..export import export_onnx
 from ..files import staged_dir, write_text
 from ..flow import quantize
-from ..recipe import PlacementName, load_recipe
+from ..grid import IntFormat, TensorSpec
+from ..recipe import PlacementName, Recipe, load_recipe
 from ..report.model import Report
 from ..storage import save
 from ..targets import get_target
@@ -39,14 +41,17 @@ KEPT_SAMPLES = 16
 
 
 class JobSettings(BaseModel):
-    """How the job is done; named as in ``bitsmith.quantize`` and ``bitsmith.export_onnx``."""
+    """How the job is done; named as in ``bitsmith.quantize`` and ``bitsmith.export_onnx``.
+
+    ``style`` ``"auto"`` is ``"qcdq"`` where the recipe has activations that need its Clip, else ``"qdq"``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str = "int8"
     target: str = "onnxruntime"
     placement: PlacementName | None = None
-    style: Literal["qdq", "qcdq"] = "qdq"
+    style: Literal["auto", "qdq", "qcdq"] = "auto"
     opset: int | None = None
     memory: str = "4GB"
     latency: bool = True
@@ -98,13 +103,40 @@ class Job:
         return self.validation or _Unlabelled(self.calibration)
 
 
+def check_settings(settings: JobSettings) -> JobSettings:
+    """The settings with the style decided; what cannot end in a file is refused, before any data is read.
+
+    Checked are the recipe, the target and whether it takes the recipe, style, opset and memory.
+
+    >>> check_settings(JobSettings()).style
+    'qdq'
+    """
+    recipe = load_recipe(settings.recipe)
+    get_target(settings.target).check(recipe)
+    parse_memory(settings.memory)
+    if settings.opset is not None:
+        _check_opset(settings.opset, recipe)
+    odd = [spec.format for spec in _specs(recipe, "activations") if _needs_clip(spec)]
+    if settings.style == "qdq" and odd:
+        kind = "narrow" if odd[0].bits in (8, 16) else f"{odd[0].bits}-bit"
+        raise ExportError(
+            f"style 'qdq' has no Clip for the {kind} activations of recipe {settings.recipe!r}, which are narrower "
+            f"than their storage type: use style 'qcdq' or 'auto'"
+        )
+    if settings.style != "auto":
+        return settings
+    return settings.model_copy(update={"style": "qcdq" if odd else "qdq"})
+
+
 def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
     """Float accuracy, quantization, and the simulation's accuracy: everything short of a file."""
+    job = replace(job, settings=check_settings(job.settings))
+    notes = []
     if isinstance(job.judged, _Unlabelled):
-        notes = ["no validation data: the models are compared on the calibration samples, which flatters"]
-    else:
-        notes = []
-    get_target(job.settings.target).check(load_recipe(job.settings.recipe))
+        if job.metric is not None:
+            raise DataError("your metric takes outputs and targets: give validation data with targets (y) to judge on")
+        notes.append("no validation data: the models are compared on the calibration samples, which flatters")
+    notes += _conversions(job)
     recorder = Recorder(job.model)
     # First, so that data that cannot be read, or the wrong preprocessing, shows before any work is done.
     metrics = {"float": _measure(job, recorder, "float model")}
@@ -120,6 +152,7 @@ def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
 
 def run_job(job: Job, output: str | Path) -> JobResult:
     """Quantize, write, verify and measure. ``output`` gets all files at the end, or, on an error, none."""
+    job = replace(job, settings=check_settings(job.settings))
     with staged_dir(output) as folder:
         result, quantized, recorder = simulate(job)
         batches = _sample_inputs(job.judged)
@@ -137,6 +170,40 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         result.files = {name: str(final / name) for name in names}
         write_text(folder / REPORT_FILE, result.model_dump_json(indent=2) + "\n")
     return result
+
+
+def _specs(recipe: Recipe, *roles: Literal["weights", "activations", "bias"]) -> list[TensorSpec]:
+    """The recipe's specs for these roles, those of its overrides included."""
+    parts = [recipe, *(override for override in recipe.overrides if not override.exclude)]
+    return [spec for part in parts for role in roles if (spec := getattr(part, role)) is not None]
+
+
+def _needs_clip(spec: TensorSpec) -> bool:
+    """Whether codes end before their storage type does, where QuantizeLinear alone would not clip them."""
+    return isinstance(spec.format, IntFormat) and (spec.format.bits not in (8, 16) or spec.format.narrow)
+
+
+def _check_opset(opset: int, recipe: Recipe) -> None:
+    """Refuse an opset that is not written, or that has no type for the recipe's numbers."""
+    from ..export.onnx import NEWEST_OPSET, OLDEST_OPSET
+
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise ExportError(f"opset {opset}: ONNX export writes opsets {OLDEST_OPSET} to {NEWEST_OPSET}")
+    for spec in _specs(recipe, "weights", "activations", "bias"):
+        if not isinstance(spec.format, IntFormat):
+            needed, what = 19, "small floats"
+        elif 8 < spec.format.bits <= 16:
+            needed, what = 21, f"{spec.format.bits}-bit integers"
+        else:
+            continue
+        if opset < needed:
+            raise ExportError(f"opset {opset}: the recipe has {what}, which ONNX has from opset {needed} on")
+
+
+def _conversions(job: Job) -> list[str]:
+    """What was done to the data's values when they were read; once where both are of one source."""
+    found = [getattr(data, "note", None) for data in (job.calibration, job.validation)]
+    return list(dict.fromkeys(note for note in found if note))
 
 
 class _Unlabelled:
@@ -182,7 +249,8 @@ def _measure(job: Job, model: Any, what: str, recorder: Recorder | None = None) 
 def _write(job: Job, quantized: Any, folder: Path) -> None:
     job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
     save(quantized, folder)
-    export_onnx(quantized, folder / MODEL_FILE, style=job.settings.style, opset=job.settings.opset)
+    style: Literal["qdq", "qcdq"] = "qcdq" if job.settings.style == "qcdq" else "qdq"  # decided by check_settings
+    export_onnx(quantized, folder / MODEL_FILE, style=style, opset=job.settings.opset)
     recipe = folder / RECIPE_FILE
     if not recipe.exists():
         write_text(recipe, quantized.recipe.to_yaml())

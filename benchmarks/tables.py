@@ -1,0 +1,72 @@
+"""Put the measured rows into README.md, between its RESULTS markers: python -m benchmarks.tables"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {
+    "resnet20": "ResNet-20, CIFAR-10",
+    "resnet32": "ResNet-32, CIFAR-10",
+    "shufflenetv2_x0_5": "ShuffleNetV2 x0.5, CIFAR-10",
+    "dscnn_kws": "DS-CNN, keywords",
+    "mcunet_in4": "MCUNet-in4, ImageNet sample",
+    "mobilenet_v1_025": "MobileNetV1 0.25, ImageNet sample",
+}
+MARK = "<!-- RESULTS: written by python -m benchmarks.tables -->"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """The rows of a result file."""
+    with (RESULTS / name).open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def accuracy() -> list[str]:
+    """One line a network, recipe and placement."""
+    lines = ["| network | recipe, placement | float | simulated | same class as float | file in onnxruntime | file = simulation, "
+             "class | differing outputs |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in rows("accuracy.csv"):
+        total = int(r["judged_samples"])
+        lines.append(
+            f"| {NAMES[r['net']]} ({total:,}) | `{r['recipe']}`, `{r['placement']}` | {r['float_top1']} | "
+            f"{r['simulated_top1']} | {float(r['agreement']):.2f} % | {r['deployed_top1']} | "
+            f"{float(r['file_class_agreement']):.2f} % | {int(r['differing_outputs']):,} |"
+        )
+    return lines
+
+
+def latency() -> list[str]:
+    """Our files beside the rivals'."""
+    lines = ["| file | engine | batch | ms | times as fast as the baseline | baseline |", "|---|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("latency-*.csv")):
+        net = path.stem.split("-")[1]
+        for r in rows(path.name):
+            ratio = f"{float(r['ratio']):.2f}" if r["ratio"] else ""
+            lines.append(f"| {net} {r['label']} | {r['engine']} | {r['batch']} | {float(r['median_ms']):.2f} | {ratio} | "
+                         f"{r['baseline']} |")  # fmt: skip
+    return lines
+
+
+def speed() -> list[str]:
+    """Quantizing beside Brevitas."""
+    r = rows("speed.csv")[0]
+    return [
+        f"Quantizing ResNet-20 with {r['samples']} images takes {r['quantize_s']} s (median, two threads), "
+        f"{r['times_faster_than_brevitas']} times less than Brevitas' default flow beside it ({r['brevitas_s']} s); "
+        f"calibration costs {r['calibrate_per_forward']} float forward passes."
+    ]
+
+
+def main() -> None:
+    """Write the tables between the markers."""
+    readme = ROOT / "README.md"
+    before, _, after = readme.read_text(encoding="utf-8").split(MARK)
+    body = [*accuracy(), "", *speed(), "", *latency()]
+    readme.write_text(f"{before}{MARK}\n\n" + "\n".join(body) + f"\n\n{MARK}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
