@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from bitsmith.grid import FP8_E4M3, IntFormat, TensorSpec, fake_quantize
 from bitsmith.ranges import Histogram, activation_grid, activation_statistic, solve_grid
-from bitsmith.ranges.clipping import kl, mse
+from bitsmith.ranges.clipping import histogram_l2, kl, mse
 
 
 def laplace(count: int = 100_000) -> Tensor:
@@ -118,3 +120,14 @@ def test_kl_keeps_zero_in_the_range_when_it_clips() -> None:
     statistic.update(x)
     lo, hi = kl(statistic.finish(), spec)
     assert float(lo) <= 0.0 < float(hi)
+
+
+@pytest.mark.parametrize("search", [mse, histogram_l2, kl])
+def test_the_range_that_is_found_includes_zero(search: Any) -> None:
+    spec = TensorSpec(format=IntFormat(8, signed=False), symmetric=False, range={"name": search.__name__})
+    for sign in (1.0, -1.0):
+        statistic = Histogram()
+        statistic.update(sign * torch.linspace(5.0, 5.3, 1000))
+        lo, hi = search(statistic.finish(), spec)
+        assert float(lo if sign > 0 else hi) == 0.0
+        assert 5.0 < float(hi if sign > 0 else -lo) <= 5.3001
