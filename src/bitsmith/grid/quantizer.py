@@ -59,9 +59,21 @@ class Quantizer(nn.Module):
         return grid
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x``, with a straight-through gradient."""
-        grid = self.grid
+        """Fake-quantize ``x``, with a straight-through gradient; a dynamic spec finds its grid in ``x`` itself."""
+        grid = self.dynamic_grid(x) if self.spec.dynamic else self.grid
         return x if grid is None else fake_quantize(x, grid)
+
+    def dynamic_grid(self, x: Tensor) -> Grid | None:
+        """The grid that covers ``x`` from its least to its greatest value; None where all of it is 0."""
+        from ..ranges import MinMax, solve_grid  # ranges build on grids
+
+        axis = self.spec.axis if self.spec.granularity == "channel" else None
+        statistic = MinMax(axis)
+        statistic.update(x)
+        seen = statistic.finish()
+        if not bool((seen.lo != 0).any() | (seen.hi != 0).any()):
+            return None
+        return solve_grid(seen.lo, seen.hi, self.spec, non_negative=self.non_negative, axis=axis)
 
     def to_int(self, x: Tensor) -> Tensor:
         """The codes of ``x``."""

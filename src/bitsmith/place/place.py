@@ -49,7 +49,7 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     compute = [node for node in graph.graph.nodes if op_of(node).role == "compute"]
     overrides = _match_overrides(compute, recipe)
     excluded = {node for node, matched in overrides.items() if any(o.exclude for o in matched)}
-    plan = Planner(graph, _policy(recipe), target, excluded).plan()
+    plan = Planner(graph, _policy(recipe, target), target, excluded).plan()
     _check_plan(graph, plan, compute, recipe)
     specs = _activation_specs(plan, overrides, recipe)
     values = _insert_values(graph, plan, specs) if recipe.activations else {}
@@ -67,12 +67,15 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     return placed
 
 
-def _policy(recipe: Recipe) -> Policy:
-    """The placement's rules; small floats are quantized only where they are multiplied.
+def _policy(recipe: Recipe, target: Target) -> Policy:
+    """The placement's rules; operands share a scale where the target's kernels do not rescale, and small floats are
+    quantized only where they are multiplied.
 
     An add of floats aligns exponents anyway, so nothing is gained by quantizing its operands.
     """
     policy = POLICIES[recipe.placement]
+    if not target.rescales and not policy.own_inputs:
+        policy = replace(policy, shared=True)
     if recipe.activations is not None and isinstance(recipe.activations.format, FloatFormat):
         return replace(policy, rescaling=False, shared=False, float_outputs=True)
     return policy

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, field_serializer
 
 from ..errors import RecipeError
 from ..grid import FloatFormat, Grid, IntFormat, TensorSpec
-from ..recipe import Recipe
+from ..recipe import Override, Recipe
 
 
 class Target(BaseModel):
@@ -17,8 +17,8 @@ class Target(BaseModel):
     ``integer_operators``: operators that the runtime executes on codes, given operands of ``integer_bits``.
     ``float_output``: of those, the ones that can hand their accumulator on as float. ``unsigned_codes``: activations
     are stored unsigned (x86 has only u8 x s8 products). ``rescales``: add and concat take operands of different
-    scales. ``law``: how an integer result is scaled to its output grid (``bitsmith.integer.laws``).
-    ``exact``: the law is known to the bit, so that file and integer executor must agree on every output.
+    scales. ``exact``: the law by which integer results reach their output grid (``bitsmith.integer.laws``) is known
+    to the bit, so that file and integer executor must agree on every output.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +36,6 @@ class Target(BaseModel):
     float_output: frozenset[str] = frozenset()
     unsigned_codes: bool = False
     rescales: bool = True
-    law: Literal["float32-multiplier"] = "float32-multiplier"
     exact: bool = False
     bias_bits: int = 32
     accumulator_bits: int = 32
@@ -49,12 +48,17 @@ class Target(BaseModel):
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that this target has no numbers for."""
-        for role, spec, widths in (
-            ("weights", recipe.weights, self.weight_bits),
-            ("activations", recipe.activations, self.activation_bits),
-        ):
-            if spec is not None:
-                self._check_spec(role, spec, widths)
+        parts: tuple[Recipe | Override, ...] = (recipe, *recipe.overrides)
+        for part in parts:
+            if part.weights is not None:
+                self._check_spec("weights", part.weights, self.weight_bits)
+            if part.activations is not None:
+                self._check_spec("activations", part.activations, self.activation_bits)
+            if part.bias is not None and part.bias.format.bits > self.bias_bits:
+                raise RecipeError(
+                    f"target {self.name} has biases of {self.bias_bits} bits at most, but the recipe has "
+                    f"{part.bias.format.bits}"
+                )
 
     def _check_spec(self, role: str, spec: TensorSpec, widths: tuple[int, ...]) -> None:
         if isinstance(spec.format, FloatFormat):
