@@ -1,4 +1,4 @@
-"""Put the measured rows into README.md, between its RESULTS markers: python -m benchmarks.tables"""
+"""Write the measured rows to benchmarks/RESULTS.md, and the main ones into README.md: python -m benchmarks.tables"""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def accuracy() -> list[str]:
-    """One line a network, recipe and placement."""
+def accuracy(*, main: bool = False) -> list[str]:
+    """One line a network, recipe and placement; ``main`` keeps what a first look needs."""
     heads = ("network (judged)", "recipe, placement", "float", "simulated", "same class as float", "file",
              "file: same class as simulation", "differing outputs")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows("accuracy.csv"):
+        if main and (r["recipe"], r["placement"]) != ("int8", "runtime") and r["net"] != "resnet20":
+            continue
         total = int(r["judged_samples"])
         lines.append(
-            f"| {NAMES[r['net']]} ({total:,}) | `{r['recipe']}`, `{r['placement']}` | {r['float_top1']} | "
-            f"{r['simulated_top1']} | {float(r['agreement']):.2f} % | {r['deployed_top1']} | "
+            f"| {NAMES[r['net']]} ({total:,}) | `{r['recipe']}`, `{r['placement']}` | {float(r['float_top1']):.2f} | "
+            f"{float(r['simulated_top1']):.2f} | {float(r['agreement']):.2f} % | {float(r['deployed_top1']):.2f} | "
             f"{float(r['file_class_agreement']):.2f} % | {int(r['differing_outputs']):,} |"
         )
     return lines
@@ -72,9 +74,16 @@ def speed() -> list[str]:
 def main() -> None:
     """Write the tables between the markers."""
     readme = ROOT / "README.md"
-    before, _, after = readme.read_text(encoding="utf-8").split(MARK)
-    body = [*accuracy(), "", *speed(), "", *latency()]
-    readme.write_text(f"{before}{MARK}\n\n" + "\n".join(body) + f"\n\n{MARK}{after}", encoding="utf-8")
+    before, after = _around(readme)
+    readme.write_text("\n".join([f"{before}{MARK}", "", *accuracy(main=True), "", *speed(), "", f"{MARK}{after}"]))
+    page = ["# Results", "", "Written by `python -m benchmarks.tables` from `benchmarks/results/`.", ""]
+    (ROOT / "benchmarks" / "RESULTS.md").write_text("\n".join([*page, *accuracy(), "", *speed(), "", *latency(), ""]))
+
+
+def _around(readme: Path) -> tuple[str, str]:
+    """What stands before and after the markers."""
+    parts = readme.read_text(encoding="utf-8").split(MARK)
+    return parts[0], parts[-1]
 
 
 if __name__ == "__main__":

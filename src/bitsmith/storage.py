@@ -194,7 +194,7 @@ def _restore(
     grids = _grid_keys(graph)
     own = {k: v for k, v in _unique_state(graph).items() if k not in grids}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     ungridded = [name for name, quantizer in _quantizers(graph) if quantizer.grid is None]
     if missing or unexpected or shapes or ungridded:
         raise CheckpointError(
