@@ -22,10 +22,16 @@ types: $(STAMP)
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# RIVALS=PYTHON of an environment with Brevitas (benchmarks/README.md) times it beside ours.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --csv benchmarks/results/accuracy.csv
-	$(BIN)/python -m benchmarks.speed --csv benchmarks/results/speed.csv
+ifdef RIVALS
+	$(BIN)/python -m benchmarks.speed --rivals $(RIVALS) --csv benchmarks/results/speed.csv
+else
+	$(BIN)/python -m benchmarks.speed
+endif
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.tables
 
 bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --quick --nets resnet20 dscnn_kws
