@@ -24,7 +24,6 @@ from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
 from .targets import Target, get_target
 
-_NOISE_SAMPLES, _GPTQ_SAMPLES = 128, 512
 _TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and its mode was restored"
 
 
@@ -55,7 +54,7 @@ def quantize(
     """
     _check_arguments(model, noise_samples)
     recipe, target = _resolve(recipe, placement, overrides), get_target(target)
-    samples = noise_samples if noise_samples else _GPTQ_SAMPLES if "gptq" in recipe.steps else _NOISE_SAMPLES
+    samples = noise_samples or recipe.samples
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     with evaluation_mode(model) as was_training:
@@ -70,14 +69,14 @@ def quantize(
             if recipe.placement != "layerwise":
                 raise
             hooked = quantize_hooked(model, batches, recipe, target, noise_samples=samples, reason=str(error))
-            if undone := [step for step in recipe.steps if step in ("gptq", "bias_correction")]:
+            if undone := [step.name for step in recipe.steps]:
                 hooked.report.notes.append(f"not done, since there is no graph: {', '.join(undone)}")
             hooked.report.notes[:0] = [_TRAIN_MODE] if was_training else []
             return hooked
     clock.lap("capture")
     notes = [_TRAIN_MODE] if was_training else []
     notes += graph.meta.get("notes", [])
-    notes += fold_batch_norm(graph) if "fold_batch_norm" in recipe.steps else []
+    notes += fold_batch_norm(graph) if recipe.step("fold_batch_norm") else []
     clock.lap("prepare")
     placed = place(graph, recipe, target)
     clock.lap("place")

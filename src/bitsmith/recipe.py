@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from .errors import RecipeError
 from .grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
+from .steps import BiasCorrection, FoldBatchNorm, Gptq, Step, check_steps, dump_step, parse_step
 
 PlacementName = Literal["runtime", "fx", "layerwise", "flexml"]
-StepName = Literal["fold_batch_norm", "gptq", "bias_correction"]
 
 
 class Override(BaseModel):
@@ -49,9 +49,8 @@ class Override(BaseModel):
 class Recipe(BaseModel):
     """TensorSpecs for weights, activations and bias, a placement, steps, and overrides by layer.
 
-    ``weights`` or ``activations`` None leaves that side in float. ``steps`` may hold ``fold_batch_norm``, ``gptq``
-    (arXiv 2210.17323) and ``bias_correction`` (arXiv 1906.04721); what is not listed is not done. Reads and writes
-    YAML.
+    ``weights`` or ``activations`` None leaves that side in float. ``steps`` are those of ``bitsmith.steps``, by name
+    or with their options; what is not listed is not done. Reads and writes YAML.
 
     >>> recipe = load_recipe("int8")
     >>> recipe.weights.granularity, recipe.activations.symmetric
@@ -67,7 +66,7 @@ class Recipe(BaseModel):
     activations: TensorSpec | None = None
     bias: TensorSpec | None = TensorSpec(format=IntFormat(32))
     placement: PlacementName = "runtime"
-    steps: tuple[StepName, ...] = ("fold_batch_norm", "bias_correction")
+    steps: tuple[Step, ...] = (FoldBatchNorm(), BiasCorrection())
     overrides: tuple[Override, ...] = ()
     min_coverage: float = Field(
         default=0.0,
@@ -76,8 +75,27 @@ class Recipe(BaseModel):
         description="least share of multiply-accumulates in integers; 0: more than none",
     )
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _parse_steps(cls, value: Any) -> Any:
+        return tuple(map(parse_step, value)) if isinstance(value, list | tuple) else value
+
+    @field_serializer("steps")
+    def _dump_steps(self, steps: tuple[Step, ...]) -> list[Any]:
+        return [dump_step(step) for step in steps]
+
+    def step(self, name: str) -> Any:
+        """The step of this name with its options, or None where the recipe does not list it."""
+        return next((step for step in self.steps if step.name == name), None)
+
+    @property
+    def samples(self) -> int:
+        """How many samples the quantized stream of the walk should follow for these steps."""
+        return max((step.samples for step in self.steps), default=128)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        check_steps(self.steps)
         if self.weights is None and self.activations is None:
             raise ValueError("a recipe must quantize weights or activations")
         if self.weights is not None and self.weights.dynamic:
@@ -136,7 +154,7 @@ def bits_recipe(
 def _fp8() -> Recipe:
     weights = TensorSpec(format=FP8_E4M3, granularity="channel")
     activations = TensorSpec(format=FP8_E4M3, range=RangeRule(name="mse"))
-    steps: tuple[StepName, ...] = ("fold_batch_norm", "gptq", "bias_correction")
+    steps = (FoldBatchNorm(), Gptq(), BiasCorrection())
     return Recipe(name="fp8", weights=weights, activations=activations, bias=None, steps=steps)
 
 

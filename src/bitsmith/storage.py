@@ -81,7 +81,7 @@ def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
     with evaluation_mode(model):
         graph = capture(model, _example_inputs(manifest))
-    if "fold_batch_norm" in recipe.steps:
+    if recipe.step("fold_batch_norm"):
         fold_batch_norm(graph)
     placed = place(graph, recipe, target)
     _restore(graph, placed, manifest, state, folder)

@@ -8,6 +8,7 @@ from torch import nn
 import bitsmith as bs
 from bitsmith.optimize.bias_correction import ChannelMean
 from bitsmith.recipe import bits_recipe
+from bitsmith.steps import FoldBatchNorm
 
 
 def test_channel_mean_is_the_mean_of_all_chunks() -> None:
@@ -23,7 +24,7 @@ def test_the_mean_error_of_every_output_channel_is_gone() -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4, bias=False))
     x = torch.rand(100, 3, 8, 8)
     recipe = bits_recipe(3, 8)
-    uncorrected = recipe.model_copy(update={"steps": ("fold_batch_norm",)})
+    uncorrected = recipe.model_copy(update={"steps": (FoldBatchNorm(),)})
 
     def shift(r: bs.Recipe) -> float:
         return float((bs.quantize(net, [x], r)(x) - net(x)).mean(0).abs().max())

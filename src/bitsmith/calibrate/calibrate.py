@@ -16,6 +16,7 @@ from ..place.layers import QuantLayer
 from ..place.macs import elements_of
 from ..place.place import Placed, layer_name
 from ..ranges import weight_grid
+from ..steps import Step
 from ..targets import Target
 from .walk import Progress, Walk, WalkLog
 
@@ -25,7 +26,7 @@ _MIN_CHUNK = 4
 
 def calibrate(
     graph: fx.GraphModule, placed: Placed, batches: list[Arguments], target: Target, *, memory: int,
-    noise_samples: int = 128, steps: tuple[str, ...] = (), progress: Progress | None = None,
+    noise_samples: int = 128, steps: tuple[Step, ...] = (), progress: Progress | None = None,
 ) -> WalkLog:  # fmt: skip
     """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
     set_weight_grids(placed)

@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..capture.inputs import Arguments, sample_count
 from ..capture.ops import op_of
 from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, Quantizer, dequantize, quantize
 from ..grid.kernels import fake_quantize_
-from ..optimize import gptq
-from ..optimize.bias_correction import ChannelMean, correct_bias
-from ..place.layers import QuantLayer
+from ..optimize.visit import StepLog, Stream
 from ..place.macs import elements_of
 from ..place.place import ScaleGroup
 from ..ranges import activation_grid, activation_statistic
+from ..steps import Step
 from ..targets import Target
 from .bias import set_bias_grid
 from .groups import join_grids
+from .layer_steps import LayerSteps
 from .noise import Noise
 from .stages import Stage, cut_into_stages
 from .store import Store
@@ -45,6 +45,7 @@ class WalkLog:
     samples: int = 0
     noise_samples: int = 0
     spilled_bytes: int = 0
+    steps: list[StepLog] = field(default_factory=list)
 
 
 class Walk:
@@ -55,7 +56,7 @@ class Walk:
 
     def __init__(
         self, graph: fx.GraphModule, batches: list[Arguments], groups: list[ScaleGroup], target: Target, *,
-        memory: int, noise_samples: int = 128, steps: tuple[str, ...] = (), progress: Progress | None = None,
+        memory: int, noise_samples: int = 128, steps: tuple[Step, ...] = (), progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.target, self.progress = graph, target, progress
         self.chunks = list(batches)
@@ -63,16 +64,14 @@ class Walk:
         self.quantized_chunks = _chunks_for(self.counts, noise_samples)
         self.stages = cut_into_stages(graph)
         self.group_of = {id(q): group for group in groups for q in group.members}
-        self.steps = steps
-        self.adjustable = self._layers_called_once()
-        self.means = self._output_means() if "bias_correction" in steps else {}
+        self.steps = LayerSteps(self, steps)
         self._in_place = _overwritable(self.stages)
         self.grids: dict[int, Grid] = {}
         self.statistics: dict[int, Any] = {}
         self.store = Store(memory)
         self.log = WalkLog(samples=sum(self.counts), noise_samples=sum(self.counts[: self.quantized_chunks]))
         self._float_position = 0
-        self._uses = {"float": self._count_uses(compared=True), "quantized": self._count_uses(compared=False)}
+        self._uses = {"float": self._count_uses("float"), "quantized": self._count_uses("quantized")}
 
     def run(self) -> WalkLog:
         """Walk to the end."""
@@ -90,6 +89,7 @@ class Walk:
             self._measure_outputs()
             if self.progress is not None:
                 self.progress(len(self.stages), len(self.stages), "done")
+            self.log.steps = self.steps.log
             self.log.spilled_bytes = self.store.spilled_bytes
         return self.log
 
@@ -130,58 +130,9 @@ class Walk:
                 self.store.put(("float", stage.end.name, chunk), value)
             self._release("float", [source.name for source in stage.inputs])
 
-    def _layers_called_once(self) -> dict[fx.Node, QuantLayer]:
-        """Layers whose parameters no other call shares: only these may be changed for what one call sees."""
-        layers = {s.compute: s.layer for s in self.stages if s.compute is not None and s.layer is not None}
-        calls = Counter(id(layer.layer) for layer in layers.values())
-        return {node: layer for node, layer in layers.items() if calls[id(layer.layer)] == 1}
-
-    def _output_means(self) -> dict[fx.Node, dict[str, ChannelMean]]:
-        """For each layer with a bias of its own the means of both streams at its output."""
-        axes = {
-            node: -1 if isinstance(layer.layer, nn.Linear) else 1
-            for node, layer in self.adjustable.items()
-            if layer.bias is not None
-        }
-        return {node: {"float": ChannelMean(axis), "quantized": ChannelMean(axis)} for node, axis in axes.items()}
-
-    def _round_weights(self, stage: Stage) -> None:
-        """GPTQ on what the layer reads in the quantized stream."""
-        node = stage.compute
-        layer = self.adjustable.get(node) if node is not None and "gptq" in self.steps else None
-        if node is None or layer is None or not gptq.applies(layer):
-            return
-        head, source = stage.nodes[: stage.nodes.index(node)], node.args[0]
-        assert isinstance(source, fx.Node)
-        assert layer.weight_quantizer is not None
-        hessian = gptq.Hessian(layer.layer)
-        for chunk in range(self.quantized_chunks):
-            env = self._inputs("quantized", stage, chunk)
-            self._run_nodes("quantized", head, env, chunk)
-            hessian.update(env[source])
-        weight = layer.layer.weight
-        assert isinstance(weight, Tensor)
-        weight.data.copy_(gptq.gptq(weight, hessian.value, layer.weight_quantizer.require_grid()))
-
-    def _correct_bias(self, stage: Stage) -> bool:
-        """Take a layer's mean error out of its bias; its corrected outputs are kept, so that it runs only once."""
-        node, layer = stage.compute, stage.layer
-        if node is None or layer is None or node not in self.means:
-            return False
-        means = self.means[node]
-        head = stage.nodes[: stage.nodes.index(node) + 1]
-        for chunk in range(self.quantized_chunks):
-            value = self._run_nodes("quantized", head, self._inputs("quantized", stage, chunk), chunk)
-            self.store.put(("output", node.name, chunk), value)
-        shift = correct_bias(layer.layer, means["float"], means["quantized"])
-        shift = shift if means["float"].axis == -1 else shift.view(-1, *[1] * (value.ndim - 2))
-        for chunk in range(self.quantized_chunks):
-            self.store.put(("output", node.name, chunk), self.store.get(("output", node.name, chunk)) + shift)
-        return True
-
     def _run_quantized(self, stage: Stage) -> None:
-        self._round_weights(stage)
-        corrected = self._correct_bias(stage)
+        self.steps.round_weights(stage)
+        corrected = self.steps.correct_bias(stage)
         noise = Noise() if stage.compute is not None and _is_float(stage.end.meta.get("val")) else None
         for chunk in range(self.quantized_chunks):
             value = self._execute("quantized", stage, chunk, corrected=corrected)
@@ -196,13 +147,13 @@ class Walk:
         if stage.compute is not None:
             if noise is not None:
                 self.log.noise[stage.compute] = noise
-            self._release("float", [stage.end.name])
+            self._release("float", self._read_beside(stage))
             self.store.drop("output", stage.compute.name, self.quantized_chunks)
         self._release("quantized", [source.name for source in stage.inputs])
 
     def _execute(self, stream: str, stage: Stage, chunk: int, *, corrected: bool = False) -> Any:
         """The value of a stage's end before its Quantizer; from the layer's kept output on where there is one."""
-        env = self._inputs(stream, stage, chunk)
+        env = self.inputs(stream, stage, chunk)
         borrowed = _storages(env)
         nodes = stage.nodes[:-1] if stage.quantizer is not None else stage.nodes
         value: Any = env[stage.inputs[0]] if stage.inputs and not nodes else None
@@ -210,19 +161,19 @@ class Walk:
             value = env[stage.compute] = self.store.get(("output", stage.compute.name, chunk))
             nodes = nodes[nodes.index(stage.compute) + 1 :]
         if nodes:
-            value = self._run_nodes(stream, nodes, env, chunk)
+            value = self.run_nodes(stream, nodes, env, chunk)
         if stream == "quantized" and stage.quantizer is not None and borrowed & _storages({stage.end: value}):
             value = value.clone()  # a view of what others still read: it is about to be quantized in place
         return value
 
-    def _inputs(self, stream: str, stage: Stage, chunk: int) -> dict[fx.Node, Any]:
+    def inputs(self, stream: str, stage: Stage, chunk: int) -> dict[fx.Node, Any]:
         return {source: self._read(stream, source, chunk) for source in stage.inputs}
 
-    def _run_nodes(self, stream: str, nodes: list[fx.Node], env: dict[fx.Node, Any], chunk: int) -> Any:
+    def run_nodes(self, stream: str, nodes: list[fx.Node], env: dict[fx.Node, Any], chunk: int) -> Any:
         for node in nodes:
             env[node] = self._call(stream, node, env)
-            if node in self.means and chunk < self.quantized_chunks:
-                self.means[node][stream].update(env[node])  # now: an activation may overwrite it
+            if chunk < self.quantized_chunks:
+                self.steps.observe(node, stream, env[node])  # now: an activation may overwrite it
         return env[nodes[-1]] if nodes else None
 
     def _call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -301,13 +252,22 @@ class Walk:
 
     # Liveness
 
-    def _count_uses(self, *, compared: bool) -> dict[str, int]:
-        """How often each value is still to be read: by stages, by the output, and for comparison."""
+    def _count_uses(self, stream: Stream) -> dict[str, int]:
+        """How often each value is still to be read: by stages, by the output, and beside the quantized stream."""
         output = next(node for node in self.graph.graph.nodes if node.op == "output")
         readers = [source.name for stage in self.stages for source in stage.inputs]
         readers += [source.name for source in output.all_input_nodes]
-        readers += [stage.end.name for stage in self.stages if compared and stage.compute is not None]
+        if stream == "float":
+            for stage in self.stages:
+                readers += self._read_beside(stage)
         return dict(Counter(readers))
+
+    def _read_beside(self, stage: Stage) -> list[str]:
+        """Values of the float stream that the quantized one is compared with at a stage."""
+        if stage.compute is None:
+            return []
+        inputs = stage.inputs if self.steps.needs_float_inputs else []
+        return [*(source.name for source in inputs), stage.end.name]
 
     def _release(self, stream: str, names: list[str]) -> None:
         for name in names:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..grid import Grid, fake_quantize
 from ..place.layers import QuantLayer
+from ..steps import Gptq
+from .visit import LayerStep, LayerVisit
 
 _DAMPING = 0.01  # of the mean diagonal of H
 _BLOCK = 128  # columns whose updates of the rest are put off and applied at once
@@ -46,14 +48,48 @@ class Hessian:
         self.value += (patches @ patches.mT).double()
 
 
-def applies(layer: QuantLayer) -> bool:
-    """Whether GPTQ is defined here for a layer: linear or convolution, one scale or one per output channel."""
-    grid = layer.weight_quantizer.grid if layer.weight_quantizer is not None else None
-    if grid is None or grid.group_size is not None or (grid.scale.ndim and grid.axis != 0):
-        return False
-    if isinstance(layer.layer, _CONV):
-        return layer.layer.padding_mode == "zeros" and not isinstance(layer.layer.padding, str)
-    return isinstance(layer.layer, nn.Linear)
+class GptqStep(LayerStep):
+    """GPTQ on what a layer reads in the quantized stream."""
+
+    name = "gptq"
+
+    def __init__(self, options: Gptq) -> None:
+        self.options = options
+
+    def refusal(self, layer: QuantLayer) -> str:
+        """Why GPTQ is not defined here for a layer: it takes linears and convolutions, one scale per tensor or row."""
+        assert layer.weight_quantizer is not None
+        grid = layer.weight_quantizer.require_grid()
+        if grid.group_size is not None or (grid.scale.ndim and grid.axis != 0):
+            return "its weight scales are not per tensor or per output channel"
+        if isinstance(layer.layer, _CONV):
+            zeros = layer.layer.padding_mode == "zeros" and not isinstance(layer.layer.padding, str)
+            return "" if zeros else "its padding is not a number of zeros"
+        return "" if isinstance(layer.layer, nn.Linear) else f"it is a {type(layer.layer).__name__}"
+
+    def run(self, visit: LayerVisit) -> tuple[float, float]:
+        """Round the weight by the Hessian of its inputs."""
+        layer = visit.layer
+        assert layer.weight_quantizer is not None
+        hessian = Hessian(layer.layer)
+        for x in visit.inputs("quantized"):
+            hessian.update(x)
+        weight, grid = layer.weight.detach(), layer.weight_quantizer.require_grid()
+        rounded = gptq(weight, hessian.value, grid)
+        before = output_error(fake_quantize(weight, grid) - weight, hessian.value)
+        after = output_error(rounded - weight, hessian.value)
+        weight.copy_(rounded)
+        return before, after
+
+
+def output_error(change: Tensor, hessian: Tensor) -> float:
+    """The squared error of a layer's output when its weight changes: tr(dW H dW^T).
+
+    >>> output_error(torch.tensor([[1.0, 1.0]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]], dtype=torch.float64))
+    3.0
+    """
+    d = change.double().reshape(hessian.shape[0], -1, hessian.shape[-1])
+    return float(((d @ hessian) * d).sum())
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:

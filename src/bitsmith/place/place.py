@@ -218,7 +218,7 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
         weights, bias = override.weights or weights, override.bias or bias
     module = graph.get_submodule(str(node.target))
     layer = module.layer if isinstance(module, QuantLayer) else module
-    if "bias_correction" in recipe.steps and getattr(layer, "bias", None) is None:
+    if recipe.step("bias_correction") and getattr(layer, "bias", None) is None:
         layer.bias = nn.Parameter(torch.zeros(_channels(layer)), requires_grad=False)
     weight_quantizer = Quantizer(weights) if weights else None
     quantized_input = quantizer_of(node.args[0]) is not None and weights is not None

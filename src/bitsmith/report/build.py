@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from torch import fx
 
@@ -11,13 +12,14 @@ from ..calibrate.walk import WalkLog
 from ..capture.ops import layer_of, module_of, op_of, quantizer_of
 from ..grid import Grid
 from ..integer.program import Program
+from ..optimize.visit import StepLog
 from ..place.layers import QuantLayer
 from ..place.macs import macs_of
 from ..place.place import Placed, layer_name
 from ..place.plan import fused_end, operands
 from ..recipe import Recipe
 from ..targets import Target
-from .model import Coverage, LayerReport, Report
+from .model import Coverage, LayerReport, Report, StepReport
 
 
 def build_report(
@@ -36,9 +38,39 @@ def build_report(
     if log is not None:
         report.samples = log.samples
         report.output_sqnr_db = _finite(log.output.db)
+        report.steps = [_step(entry) for entry in log.steps]
+        report.notes += _step_notes(report.steps)
         if log.spilled_bytes:
             report.notes.append(f"{log.spilled_bytes / 1e6:.0f} MB of activations went through a temporary file")
     return report
+
+
+def _step(log: StepLog) -> StepReport:
+    return StepReport(
+        step=log.step, layer=log.layer, error_before=log.before, error_after=log.after, seconds=log.seconds,
+        undone=log.undone, skipped=log.skipped,
+    )  # fmt: skip
+
+
+def _step_notes(steps: list[StepReport]) -> list[str]:
+    """Per step a sentence: on how many layers, what it gained, where it was undone or does not apply."""
+    notes = []
+    for name in dict.fromkeys(entry.step for entry in steps):
+        entries = [entry for entry in steps if entry.step == name]
+        done = [e for e in entries if not e.skipped and not e.undone]
+        kept = [e.error_after / e.error_before for e in done if e.error_before > 0]
+        gain = f", output error down to {median(kept):.0%} (median)" if kept else ""
+        notes.append(f"{name}: {len(done)} of {len(entries)} layers{gain}")
+        if undone := [e for e in entries if e.undone]:
+            notes[-1] += f"; undone, since the error grew: {_names(undone)}"
+        for reason in dict.fromkeys(e.skipped for e in entries if e.skipped):
+            notes[-1] += f"; not {_names([e for e in entries if e.skipped == reason])}: {reason}"
+    return notes
+
+
+def _names(entries: list[StepReport]) -> str:
+    more = f" and {len(entries) - 4} more" if len(entries) > 4 else ""
+    return ", ".join(entry.layer for entry in entries[:4]) + more
 
 
 def _coverage(nodes: list[fx.Node], layers: list[LayerReport]) -> Coverage:

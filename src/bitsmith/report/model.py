@@ -43,6 +43,20 @@ class Coverage(BaseModel):
         return self.quantized_macs / self.total_macs if self.total_macs else 0.0
 
 
+class StepReport(BaseModel):
+    """What one step of the recipe did to one layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: str
+    layer: str
+    error_before: float = Field(default=0.0, description="squared error of the layer's output, nearest rounding")
+    error_after: float = Field(default=0.0, description="the same after the step")
+    seconds: float = 0.0
+    undone: bool = Field(default=False, description="the error grew: the layer was put back as it was")
+    skipped: str = Field(default="", description="why the step does not apply to the layer")
+
+
 class Report(BaseModel):
     """The whole story of one quantization; ``q.report``."""
 
@@ -55,6 +69,7 @@ class Report(BaseModel):
     coverage: Coverage = Coverage()
     output_sqnr_db: float | None = None
     layers: list[LayerReport] = []
+    steps: list[StepReport] = []
     notes: list[str] = []
     seconds: dict[str, float] = {}
 

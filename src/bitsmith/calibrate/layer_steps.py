@@ -1,0 +1,105 @@
+"""The recipe's steps at their turn in the walk: each visits a layer, and is undone where it does harm."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx, nn
+
+from ..optimize import layer_step
+from ..optimize.bias_correction import ChannelMean, correct_bias
+from ..optimize.visit import LayerStep, LayerVisit, StepLog, Stream
+from ..place.layers import QuantLayer
+from ..place.place import layer_name
+from ..steps import Step
+from .stages import Stage
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+
+class LayerSteps:
+    """Runs the steps that change weights and biases, on what the walk has at hand."""
+
+    def __init__(self, walk: Walk, steps: tuple[Step, ...]) -> None:
+        self.walk = walk
+        self.rounding: list[LayerStep] = [layer_step(step) for step in steps if step.stage == "weights"]
+        self.calls = Counter(id(s.layer.layer) for s in walk.stages if s.layer is not None)
+        self.means = self._output_means() if any(step.name == "bias_correction" for step in steps) else {}
+        self.log: list[StepLog] = []
+
+    @property
+    def needs_float_inputs(self) -> bool:
+        """Whether the float stream's inputs of a layer must be kept until the quantized stream has passed it."""
+        return any(step.needs_float_inputs for step in self.rounding)
+
+    def _is_shared(self, layer: QuantLayer) -> bool:
+        """Whether another call reads the same parameters: they must not be changed for what one call sees."""
+        return self.calls[id(layer.layer)] > 1
+
+    def _output_means(self) -> dict[fx.Node, dict[str, ChannelMean]]:
+        """For each layer with a bias of its own the means of both streams at its output."""
+        layers = {s.compute: s.layer for s in self.walk.stages if s.compute is not None and s.layer is not None}
+        axes = {
+            node: -1 if isinstance(layer.layer, nn.Linear) else 1
+            for node, layer in layers.items()
+            if layer.bias is not None and not self._is_shared(layer)
+        }
+        return {node: {"float": ChannelMean(axis), "quantized": ChannelMean(axis)} for node, axis in axes.items()}
+
+    def observe(self, node: fx.Node, stream: str, value: Tensor) -> None:
+        """Take the mean of a layer's output, where its bias will be corrected."""
+        if node in self.means:
+            self.means[node][stream].update(value)
+
+    def round_weights(self, stage: Stage) -> None:
+        """The steps that round the weights of a stage's layer."""
+        node, layer = stage.compute, stage.layer
+        if node is None or layer is None or layer.weight_quantizer is None:
+            return
+        for step in self.rounding:
+            log = StepLog(step.name, layer_name(node))
+            log.skipped = "its weights are shared by several calls" if self._is_shared(layer) else step.refusal(layer)
+            if not log.skipped:
+                self._run(step, LayerVisit(log.layer, layer, partial(self._inputs, stage, node)), log)
+            self.log.append(log)
+
+    def _run(self, step: LayerStep, visit: LayerVisit, log: StepLog) -> None:
+        """One step on one layer; where the error of the layer's output has grown, the layer is put back."""
+        start = time.perf_counter()
+        weight = visit.layer.weight
+        original = weight.detach().clone()
+        log.before, log.after = step.run(visit)
+        if not log.after <= log.before:
+            weight.data.copy_(original)
+            log.undone = True
+        log.seconds = time.perf_counter() - start
+
+    def _inputs(self, stage: Stage, node: fx.Node, stream: Stream) -> Iterator[Tensor]:
+        """What a layer reads in a stream, chunk by chunk."""
+        head, source = stage.nodes[: stage.nodes.index(node)], node.args[0]
+        assert isinstance(source, fx.Node)
+        for chunk in range(self.walk.quantized_chunks):
+            env = self.walk.inputs(stream, stage, chunk)
+            self.walk.run_nodes(stream, head, env, chunk)
+            yield env[source]
+
+    def correct_bias(self, stage: Stage) -> bool:
+        """Take a layer's mean error out of its bias; its corrected outputs are kept, so that it runs only once."""
+        walk, node, layer = self.walk, stage.compute, stage.layer
+        if node is None or layer is None or node not in self.means:
+            return False
+        means = self.means[node]
+        head = stage.nodes[: stage.nodes.index(node) + 1]
+        for chunk in range(walk.quantized_chunks):
+            value = walk.run_nodes("quantized", head, walk.inputs("quantized", stage, chunk), chunk)
+            walk.store.put(("output", node.name, chunk), value)
+        shift = correct_bias(layer.layer, means["float"], means["quantized"])
+        shift = shift if means["float"].axis == -1 else shift.view(-1, *[1] * (value.ndim - 2))
+        for chunk in range(walk.quantized_chunks):
+            walk.store.put(("output", node.name, chunk), walk.store.get(("output", node.name, chunk)) + shift)
+        return True

@@ -1,0 +1,83 @@
+"""The steps a recipe may list, each with its options; what they do is in ``prepare/`` and ``optimize/``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Stage = Literal["prepare", "weights", "bias"]
+
+
+class _Step(BaseModel):
+    """``stage`` is when a step runs; ``samples`` how many samples the quantized stream should follow for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: ClassVar[Stage]
+    samples: ClassVar[int] = 128
+    name: str
+
+    def __str__(self) -> str:
+        options = self.model_dump(exclude={"name"}, exclude_defaults=True)
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in options.items())})" if options else self.name
+
+
+class FoldBatchNorm(_Step):
+    """Fold batch norms into the layers beside them."""
+
+    stage: ClassVar[Stage] = "prepare"
+    name: Literal["fold_batch_norm"] = "fold_batch_norm"
+
+
+class Gptq(_Step):
+    """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error."""
+
+    stage: ClassVar[Stage] = "weights"
+    samples: ClassVar[int] = 512
+    name: Literal["gptq"] = "gptq"
+
+
+class BiasCorrection(_Step):
+    """Take the mean error of a layer's output out of its bias (arXiv 1906.04721, section 4.2)."""
+
+    stage: ClassVar[Stage] = "bias"
+    name: Literal["bias_correction"] = "bias_correction"
+
+
+Step = Annotated[FoldBatchNorm | Gptq | BiasCorrection, Field(discriminator="name")]
+
+_ORDER: tuple[Stage, ...] = ("prepare", "weights", "bias")
+
+
+def parse_step(value: Any) -> Any:
+    """A step from its name, ``{name: options}`` or itself.
+
+    >>> parse_step("gptq"), parse_step({"gptq": {}})
+    ({'name': 'gptq'}, {'name': 'gptq'})
+    """
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and "name" not in value and len(value) == 1:
+        name, options = next(iter(value.items()))
+        return {"name": name, **(options or {})}
+    return value
+
+
+def dump_step(step: _Step) -> Any:
+    """A step as YAML has it: its name, or its name with the options that differ from their defaults."""
+    options = step.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    return {step.name: options} if options else step.name
+
+
+def check_steps(steps: tuple[_Step, ...]) -> None:
+    """Refuse steps that are listed twice, in an order that cannot be followed, or that undo each other."""
+    names = [step.name for step in steps]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"steps are listed twice: {', '.join(sorted(twice))}")
+    if [step.stage for step in steps] != sorted((step.stage for step in steps), key=_ORDER.index):
+        ordered = sorted(steps, key=lambda step: _ORDER.index(step.stage))
+        raise ValueError(f"steps run in this order, list them so: {', '.join(step.name for step in ordered)}")
+    rounding = [step.name for step in steps if step.stage == "weights"]
+    if len(rounding) > 1:
+        raise ValueError(f"{' and '.join(rounding)} each round the weights: keep one of them")
