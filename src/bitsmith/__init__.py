@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .recipe import Override, Recipe, load_recipe
     from .storage import load, save
     from .targets import Target, get_target, list_targets
+    from .tensor import QuantizedTensor
     from .verify import Certificate, verify
 
 # Public name -> module; imported at first use, so that `import bitsmith` costs next to nothing.
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Certificate": "verify",
     "Override": "recipe",
     "QuantizedModel": "model",
+    "QuantizedTensor": "tensor",
     "Recipe": "recipe",
     "Target": "targets",
     "deploy": "deployment",
