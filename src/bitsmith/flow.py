@@ -52,8 +52,8 @@ def quantize(
     >>> q.report.coverage.fraction
     1.0
     """
-    _check_arguments(model, noise_samples)
-    recipe, target = _resolve(recipe, placement, overrides), get_target(target)
+    check_arguments(model, noise_samples)
+    recipe, target = resolve(recipe, placement, overrides), get_target(target)
     samples = noise_samples or recipe.samples
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
@@ -117,7 +117,8 @@ def finish(
     return q
 
 
-def _check_arguments(model: Any, noise_samples: int | None) -> None:
+def check_arguments(model: Any, noise_samples: int | None = None) -> None:
+    """Refuse what cannot be quantized: no module, a quantized one, or weights other than float32."""
     if isinstance(model, type) or not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise DataError(f"model must be a torch.nn.Module with trained weights, not {kind}")
@@ -139,7 +140,8 @@ def channels_last(graph: fx.GraphModule) -> None:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _resolve(recipe: str | Path | Recipe, placement: PlacementName | None, overrides: Iterable[Override]) -> Recipe:
+def resolve(recipe: str | Path | Recipe, placement: PlacementName | None, overrides: Iterable[Override]) -> Recipe:
+    """The Recipe with another placement and more overrides."""
     resolved = load_recipe(recipe)
     changes: dict[str, Any] = {}
     if placement is not None:

@@ -215,7 +215,7 @@ class Walk:
             statistic.update(value)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"the output of {_name(stage)} holds NaN or infinite values in {self._samples_of(chunk)}: look at the "
+                f"the output of {stage_name(stage)} holds NaN or infinite values in {self._samples_of(chunk)}: look at the "
                 "float model on these; a division, a log or an overflow there makes them"
             ) from error
 
@@ -240,7 +240,7 @@ class Walk:
                 unsigned_codes=self.target.unsigned_codes,
             )  # fmt: skip
         except CalibrationError as error:
-            raise CalibrationError(f"no range for the output of {_name(stage)}: {error}") from error
+            raise CalibrationError(f"no range for the output of {stage_name(stage)}: {error}") from error
 
     def _measure_outputs(self) -> None:
         output = next(node for node in self.graph.graph.nodes if node.op == "output")
@@ -296,7 +296,7 @@ def _storages(values: dict[fx.Node, Any]) -> set[int]:
     return {value.untyped_storage().data_ptr() for value in values.values() if isinstance(value, Tensor)}
 
 
-def _name(stage: Stage) -> str:
+def stage_name(stage: Stage) -> str:
     """The layer or operator that makes a stage's value."""
     node = stage.nodes[-2] if stage.quantizer is not None and len(stage.nodes) > 1 else stage.nodes[0]
     if stage.quantizer is not None and len(stage.nodes) == 1:

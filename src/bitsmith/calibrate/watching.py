@@ -1,0 +1,101 @@
+"""A Quantizer that finds its own grid: for models that their user runs, where no walk can."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, NonFiniteError
+from ..grid import Grid, IntFormat, Quantizer, TensorSpec
+from ..ranges import Statistic, activation_grid, activation_statistic
+
+_INT8 = TensorSpec(format=IntFormat(8, signed=False), symmetric=False)
+
+
+class WatchingQuantizer(Quantizer):
+    """A Quantizer that, between ``watch`` and ``fix``, passes values on and remembers their range.
+
+    ``spec`` None is a place that takes the recipe's spec (``assign``). The statistic is that of the spec's range rule,
+    a monoid: ``merge`` takes in what another process saw. A Quantizer of your own overrides ``observe``, ``solve``
+    or ``forward``; ``bitsmith.testing.check_quantizer`` says whether it keeps the contract.
+
+    >>> quantizer = WatchingQuantizer(TensorSpec(format=IntFormat(8)))
+    >>> quantizer.watch()
+    >>> _ = quantizer(torch.tensor([-1.27, 1.0]))
+    >>> quantizer.fix()
+    >>> quantizer(torch.tensor([0.014, 3.0]))
+    tensor([0.0100, 1.2700])
+    """
+
+    def __init__(self, spec: TensorSpec | None = None, *, non_negative: bool = False) -> None:
+        super().__init__(spec or _INT8, non_negative=non_negative)
+        self.carried = spec  # what the model's author wrote; None: the recipe's
+        self.statistic: Statistic | None = None
+        self.register_buffer("least_code", None)  # tells a signed from an unsigned grid in a state_dict
+
+    def assign(self, spec: TensorSpec) -> None:
+        """Take the recipe's spec, unless the place carries its own."""
+        self.spec = self.carried or spec
+        self.format = self.spec.format
+
+    def watch(self) -> None:
+        """Forget the grid and start to watch."""
+        self.scale = self.zero_point = self.least_code = None
+        self.format, self.axis = self.spec.format, None
+        self.statistic = activation_statistic(self.spec)
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch of values."""
+        if self.statistic is None:
+            raise CalibrationError("this Quantizer is not watching: call watch() first")
+        self.statistic.update(x)
+
+    def solve(self, *, non_negative: bool = False, unsigned_codes: bool = False) -> Grid:
+        """The grid of what was seen; the options are those of ``bitsmith.ranges.solve_grid``."""
+        if self.statistic is None:
+            raise CalibrationError("this Quantizer never watched: call watch() and run batches first")
+        return activation_grid(
+            self.statistic, self.spec, non_negative=non_negative or self.non_negative, unsigned_codes=unsigned_codes
+        )
+
+    def merge(self, other: Self) -> None:
+        """Take in what ``other`` saw after this one."""
+        if self.statistic is None or other.statistic is None:
+            raise CalibrationError("both Quantizers must be watching to be merged")
+        self.statistic = self.statistic.merge(other.statistic)
+
+    def fix(self, *, unsigned_codes: bool = False) -> None:
+        """Stop watching; from here on ``forward`` quantizes."""
+        self.set_grid(self.solve(unsigned_codes=unsigned_codes))
+        self.statistic = None
+
+    def set_grid(self, grid: Grid) -> None:
+        """Fix the grid."""
+        super().set_grid(grid)
+        self.least_code = torch.tensor(grid.format.qmin) if isinstance(grid.format, IntFormat) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """While watching the value itself; with a grid its quantized value, with a straight-through gradient."""
+        if self.statistic is not None:
+            try:
+                self.observe(x.detach())
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    "a watched value holds NaN or infinity: look at the model on this batch; a division, a log or an "
+                    "overflow upstream makes them"
+                ) from error
+            return x
+        return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A float model's state_dict has no grids, and changes none; a calibrated one brings its own."""
+        if (scale := state_dict.get(f"{prefix}scale")) is not None:
+            fmt, least = self.spec.format, state_dict.get(f"{prefix}least_code")
+            if isinstance(fmt, IntFormat) and least is not None:
+                fmt = IntFormat(fmt.bits, signed=int(least) < 0, narrow=fmt.narrow)
+            zero = state_dict.get(f"{prefix}zero_point")
+            device = self.scale.device if self.scale is not None else scale.device
+            self.set_grid(Grid(fmt, scale.to(device), None if zero is None else zero.to(device)))
+            self.statistic = None
