@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .deployment import deploy
+    from .eager import convert, prepare
     from .errors import BitsmithError
     from .export import export_onnx, export_pt2
     from .flow import quantize
@@ -30,6 +31,7 @@ _PUBLIC = {
     "QuantizedTensor": "tensor",
     "Recipe": "recipe",
     "Target": "targets",
+    "convert": "eager",
     "deploy": "deployment",
     "export_onnx": "export",
     "export_pt2": "export",
@@ -37,6 +39,7 @@ _PUBLIC = {
     "list_targets": "targets",
     "load": "storage",
     "load_recipe": "recipe",
+    "prepare": "eager",
     "quantize": "flow",
     "save": "storage",
     "verify": "verify",

@@ -44,9 +44,7 @@ def calibrate_streamed(
     and its ranges are those of the same statistics.
     """
     set_weight_grids(placed)
-    walk = _StreamedWalk(
-        graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples, steps=steps
-    )
+    walk = _StreamedWalk(graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples, steps=steps)
     walk.watchers = watchers
     log = walk.run()
     log.samples = samples

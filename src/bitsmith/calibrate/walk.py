@@ -215,8 +215,8 @@ class Walk:
             statistic.update(value)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"the output of {stage_name(stage)} holds NaN or infinite values in {self._samples_of(chunk)}: look at the "
-                "float model on these; a division, a log or an overflow there makes them"
+                f"the output of {stage_name(stage)} holds NaN or infinite values in {self._samples_of(chunk)}: look at "
+                "the float model on these; a division, a log or an overflow there makes them"
             ) from error
 
     def _samples_of(self, chunk: int) -> str:

@@ -33,6 +33,7 @@ class WatchingQuantizer(Quantizer):
         super().__init__(spec or _INT8, non_negative=non_negative)
         self.carried = spec  # what the model's author wrote; None: the recipe's
         self.statistic: Statistic | None = None
+        self.least_code: Tensor | None
         self.register_buffer("least_code", None)  # tells a signed from an unsigned grid in a state_dict
 
     def assign(self, spec: TensorSpec) -> None:
