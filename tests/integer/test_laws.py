@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from law_cases import CARRIERS, LAWS, NEAR_MISSES, codes, differing, draw_scales, grid_of, misses, read_golden
+from onnx import TensorProto, helper
 from ort_kernels import Codes, run_kernel
 from torch import nn
 
@@ -150,3 +152,32 @@ def test_a_global_context_added_in_front_gives_onnxruntimes_bits(tmp_path: Path)
     q = bs.quantize(Context(), [torch.randn(32, 3, 16, 16)], recipe="int8-sym")
     path = bs.export_onnx(q, tmp_path / "model.onnx")
     assert bs.verify(q, path, torch.randn(128, 3, 16, 16)).max_lsb == 0
+
+
+def run_float_pool(x: np.ndarray, op: str, **attributes: object) -> np.ndarray:
+    """A pool behind a Relu, as in a net: on a bare graph input onnxruntime reorders channels first."""
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node(op, ["r"], ["y"], **attributes)]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s)] for n, s in (("x", x.shape), ("y", None))
+    )
+    graph = helper.make_graph(nodes, "pool", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("channels", [16, 5])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_float_pools_sum_in_onnxruntimes_order(rank: int, channels: int) -> None:
+    rng = np.random.default_rng(rank)
+    for size in (1, 2, 3, 5, 7, 8):
+        x = np.maximum(rng.standard_normal((3, channels, *[size] * rank)), 0).astype(np.float32)
+        found = laws.float_mean(torch.from_numpy(x), list(range(2, 2 + rank)))
+        assert np.array_equal(found.numpy(), run_float_pool(x, "GlobalAveragePool"))
+    x = np.maximum(rng.standard_normal((2, channels, *[13] * rank)), 0).astype(np.float32)
+    for kernel, stride, padding, include in [(2, 2, 0, 1), (3, 2, 1, 1), (3, 2, 1, 0), (5, 3, 2, 0)]:
+        geometry = (kernel,) * rank, (stride,) * rank, (padding,) * rank
+        found = laws.float_window_mean(torch.from_numpy(x), laws.AveragePool(*geometry, bool(include)))
+        attributes = {"kernel_shape": geometry[0], "strides": geometry[1], "pads": geometry[2] * 2}
+        expected = run_float_pool(x, "AveragePool", count_include_pad=include, **attributes)
+        assert np.array_equal(found.numpy(), expected)

@@ -183,7 +183,6 @@ class Gelu(nn.Module):
     [
         ("int16", "runtime", TwoHeads, 1.0),
         ("w8a16", "runtime", TwoHeads, 1.0),
-        ("int8", "layerwise", TwoHeads, 8.0),
         ("int8", "runtime", Gelu, 8.0),
         ("fp8", "runtime", TwoHeads, 16.0),
     ],

@@ -32,8 +32,9 @@ def export_onnx(
     from .onnx import build_onnx, save_onnx
 
     model = build_onnx(
-        q.graph, style=style, opset=opset, pack_int4=pack_int4, uint8_activations=q.target.unsigned_codes
-    )
+        q.graph, style=style, opset=opset, pack_int4=pack_int4, uint8_activations=q.target.unsigned_codes,
+        on_codes=q.program.layers_on_codes if style == "qdq" else (),
+    )  # fmt: skip
     return save_onnx(model, Path(path))
 
 

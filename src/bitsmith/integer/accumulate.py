@@ -3,7 +3,8 @@
 Codes are centred here: ``c = code - zero_point``, so that the real value is ``c * scale`` and padding is 0.
 Two carriers hold them. ``integer`` computes with int32 or int64 tensors alone. ``float`` holds the same integers in
 float32 or float64, of a width that represents every partial sum exactly, which runs at the speed of a float layer:
-the bound is sum(|w|) * max(|c|) + |bias| of the worst output channel, against 2**24 and 2**53.
+the bound is sum(|w|) * max(|c|) + |bias| of the worst output channel, against 2**24 and 2**53. A runtime's float
+kernels sum codes exactly under the first of these, in whatever order.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ def product_dtype(carrier: Carrier, bound: int, device: torch.device | str = "cp
     """The narrowest dtype of a carrier that holds every partial sum exactly."""
     if carrier == "integer":
         return torch.int32 if bound < 2**31 else torch.int64
-    exact_in_float32 = bound < _FLOAT32_EXACT and torch.device(device).type == "cpu"
-    return torch.float32 if exact_in_float32 else torch.float64
+    return torch.float32 if sums_in_float32(bound) and torch.device(device).type == "cpu" else torch.float64
+
+
+def sums_in_float32(bound: int) -> bool:
+    """Whether float32 holds every partial sum exactly."""
+    return bound < _FLOAT32_EXACT
 
 
 def has_int32_kernel(layer: nn.Module) -> bool:

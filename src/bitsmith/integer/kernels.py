@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..capture.ops import aten_name, module_of, op_of
 from ..grid import Grid, quantize
@@ -21,6 +21,7 @@ from .accumulate import (
     has_int32_kernel,
     layer_function,
     product_dtype,
+    sums_in_float32,
     to_float32,
 )
 
@@ -36,12 +37,30 @@ class Kernel:
     run: Run
 
 
-def build_kernel(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Carrier) -> Kernel:
-    """The kernel of ``node`` for operands on ``inputs``; float output where ``output`` is None."""
+def multiplies_on_codes(node: fx.Node, source: Grid) -> bool:
+    """Whether a runtime's float kernel, fed with the codes of a layer's input and weight, sums them exactly."""
+    layer = module_of(node)
+    assert isinstance(layer, QuantLayer)
+    return sums_in_float32(largest_sum(layer, source, None))
+
+
+def largest_sum(layer: QuantLayer, source: Grid, bias: Tensor | None) -> int:
+    """The largest magnitude of any partial sum of a layer's products and its bias, in codes."""
+    axis = 1 if _is_transposed(layer) else 0
+    return accumulator_bound(centred_weight(layer), laws.largest_code(source), bias, axis)
+
+
+def build_kernel(
+    node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Carrier, *, on_codes: bool = False
+) -> Kernel:
+    """The kernel of ``node`` for operands on ``inputs``; float output where ``output`` is None.
+
+    ``on_codes``: a float kernel of the runtime multiplies the codes, as ``multiplies_on_codes`` says that it can.
+    """
     name = op_of(node).name
     dtype = torch.float32 if carrier == "float" else torch.int32
     if module_of(node) is not None:
-        return Kernel(name, _layer(node, inputs[0], output, carrier))
+        return Kernel(name, _layer(node, inputs[0], output, carrier, on_codes))
     if name == "matmul":
         return Kernel(name, _matmul(node, inputs, output, carrier))
     assert output is not None
@@ -86,36 +105,57 @@ def centred_weight(layer: QuantLayer) -> Tensor:
     return codes
 
 
-def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -> Run:
-    layer = module_of(node)
-    assert isinstance(layer, QuantLayer)
+def bias_codes(layer: QuantLayer) -> Tensor | None:
+    """The bias' codes, int32, or None where there is no bias."""
+    if layer.bias is None:
+        return None
+    assert layer.bias_quantizer is not None
+    return quantize(layer.bias.detach(), layer.bias_quantizer.require_grid())
+
+
+def per_channel(layer: QuantLayer, values: Tensor) -> Tensor:
+    """One value per output channel, (channels,), in the shape that meets the layer's output."""
+    return values.view(-1) if isinstance(layer.layer, nn.Linear) else values.view(-1, *[1] * (layer.weight.ndim - 2))
+
+
+def accumulator_scale(layer: QuantLayer, source: Grid) -> Tensor:
+    """float32(s_x * s_w): one number, or per output channel in the shape that meets the layer's output."""
     assert layer.weight_quantizer is not None
     weights = layer.weight_quantizer.require_grid()
-    codes = centred_weight(layer)
-    transposed = type(layer.layer).__name__.startswith("ConvTranspose")
-    bias = None
-    if layer.bias is not None:
-        assert layer.bias_quantizer is not None
-        bias = quantize(layer.bias.detach(), layer.bias_quantizer.require_grid())
-    bound = accumulator_bound(codes, laws.largest_code(source), bias, 1 if transposed else 0)
+    scale = source.scale * weights.scale
+    if not scale.ndim:
+        return scale
+    geometry: Any = layer.layer
+    if _is_transposed(layer) and scale.numel() != geometry.out_channels:
+        scale = scale.repeat(geometry.groups)
+    return per_channel(layer, scale)
+
+
+def _is_transposed(layer: QuantLayer) -> bool:
+    return isinstance(layer.layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+
+
+def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier, on_codes: bool) -> Run:
+    layer = module_of(node)
+    assert isinstance(layer, QuantLayer)
+    codes, bias = centred_weight(layer), bias_codes(layer)
+    bound = largest_sum(layer, source, None if on_codes else bias)
     dtype = product_dtype(carrier, bound, codes.device)
     if dtype == torch.int32 and not has_int32_kernel(layer.layer):
         dtype = torch.int64
     weight = codes.to(dtype)
     if weight.ndim == 4 and dtype.is_floating_point:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    channels = (-1,) if type(layer.layer).__name__ == "Linear" else (-1, *[1] * (codes.ndim - 2))
-    scale = (source.scale * weights.scale).view(channels) if weights.scale.ndim else source.scale * weights.scale
-    geometry: Any = layer.layer
-    if transposed and weights.scale.ndim and weights.scale.numel() != geometry.out_channels:
-        scale = scale.repeat(geometry.groups, *[1] * (scale.ndim - 1))
-    addend = None if bias is None else bias.to(dtype).view(channels)
+    scale = accumulator_scale(layer, source)
+    addend = None if bias is None else per_channel(layer, bias.to(torch.float32 if on_codes else dtype))
     function, (source_node,) = layer_function(layer.layer), operands(node)
     code_dtype = torch.float32 if carrier == "float" else torch.int32
     ratio = scale if output is None else laws.multiplier(scale, output)
 
     def run(env: dict[fx.Node, Any]) -> Tensor:
         accumulator = function(env[source_node].to(dtype), weight)
+        if on_codes:
+            accumulator = to_float32(accumulator)
         if addend is not None:
             accumulator = accumulator.add_(addend)
         if output is None:
@@ -143,15 +183,28 @@ def _matmul(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Car
     return run
 
 
+def float_pool(node: fx.Node) -> Callable[[Tensor], Tensor]:
+    """An average pool of real numbers, summed in the runtime's order."""
+    if op_of(node).name == "avg_pool":
+        return partial(laws.float_window_mean, pool=average_pool_geometry(node))
+    dims, keeps_rank = _pooled(node)
+    return lambda x: laws.float_mean(x, dims) if keeps_rank else laws.float_mean(x, dims).flatten(1)
+
+
+def _pooled(node: fx.Node) -> tuple[list[int], bool]:
+    """The axes that a global average pool takes the mean over, and whether it keeps them."""
+    rank = operands(node)[0].meta["val"].ndim
+    dims = [-1] if aten_name(node).endswith("1d") else list(range(2, rank))
+    return dims, bool(node.meta["val"].ndim == rank)
+
+
 def _global_mean(node: fx.Node, grid: Grid, output: Grid, dtype: torch.dtype) -> Run:
     source = operands(node)[0]
-    value = node.meta["val"]
-    rank = source.meta["val"].ndim
-    dims = [-1] if aten_name(node).endswith("1d") else list(range(2, rank))
+    dims, keeps_rank = _pooled(node)
 
     def run(env: dict[fx.Node, Any]) -> Tensor:
         result = laws.mean(env[source], dims, grid, output, dtype)
-        return result if value.ndim == result.ndim else result.flatten(1)
+        return result if keeps_rank else result.flatten(1)
 
     return run
 

@@ -130,9 +130,31 @@ def mean(codes: Tensor, dims: list[int], source: Grid, output: Grid, carrier: to
     return requantize(total, source.scale / (output.scale * count), output, carrier)
 
 
+def float_mean(x: Tensor, dims: list[int]) -> Tensor:
+    """GlobalAveragePool of float32: the sum in onnxruntime's order, / count; dims kept.
+
+    Every fourth element goes to one of four lanes; these are added crosswise, then the elements left over.
+    """
+    values = x.flatten(dims[0]).movedim(-1, 0).contiguous()  # (elements, batch, channels)
+    count, whole = len(values), len(values) // 4 * 4
+    lanes = values.new_zeros(4, *values.shape[1:])
+    for four in values[:whole].view(-1, *lanes.shape):
+        lanes += four
+    total = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+    for value in values[whole:]:
+        total += value
+    return (total / count).view(*total.shape, *[1] * len(dims))
+
+
 def window_mean(codes: Tensor, pool: AveragePool, source: Grid, output: Grid, carrier: torch.dtype) -> Tensor:
-    """QLinearAveragePool: float32 sum of code * s_x over the window in order, / count, / s_y, rint after + z_y."""
-    real = dequantize_centred(codes, source)
+    """QLinearAveragePool: the float mean of the dequantized window, / s_y, rint after + z_y."""
+    z_y = zero_point(output)
+    mean_of_window = float_window_mean(dequantize_centred(codes, source), pool)
+    return round_to((mean_of_window / output.scale).add_(z_y).round_().sub_(z_y), output, carrier)
+
+
+def float_window_mean(real: Tensor, pool: AveragePool) -> Tensor:
+    """AveragePool of float32: the sum over the window in order, / count."""
     rank = len(pool.kernel)
     edges = [edge for p in reversed(pool.padding) for edge in (p, p)]
     padded, inside = F.pad(real, edges), F.pad(torch.ones_like(real[:1, :1]), edges)
@@ -147,5 +169,4 @@ def window_mean(codes: Tensor, pool: AveragePool, source: Grid, output: Grid, ca
     assert count is not None
     if pool.count_include_pad:
         count = torch.full_like(count, float(math.prod(pool.kernel)))
-    z_y = zero_point(output)
-    return round_to((total / count / output.scale).add_(z_y).round_().sub_(z_y), output, carrier)
+    return total / count

@@ -19,11 +19,14 @@ from torch import Tensor, fx
 from ..capture.ops import module_of, op_of, quantizer_of
 from ..grid import Grid, IntFormat
 from ..place.layers import QuantLayer
-from ..place.plan import clamp_bounds, operands
+from ..place.plan import clamp_bounds, fused_end, operands
 from ..targets import Target
 from . import laws
 from .accumulate import Carrier
-from .kernels import Kernel, build_kernel
+from .kernels import Kernel, build_kernel, float_pool, multiplies_on_codes
+
+EXACT_FLOAT = "exact float"  # computed in float by the runtime, in a way that is known to the bit
+_ELEMENTWISE = {"add", "mul", "cat", "relu", "clamp"}  # IEEE 754 leaves them no freedom
 
 
 @dataclass
@@ -146,6 +149,25 @@ class Program:
         grids = [self.grids.get(source) for source in operands(node)]
         return _is_integer_layer(node) and all(grid is not None and grid.format.bits <= 8 for grid in grids)
 
+    def _multiplies_on_codes(self, node: fx.Node) -> bool:
+        """Whether the file feeds codes to the runtime's float kernel, and scales what it sums: exact, at its speed.
+
+        Not where a Quantizer follows an operator that the runtime can fuse: it might run that on integers.
+        """
+        op, readers = op_of(node), list(fused_end(node).users)
+        if op.name not in self.target.float_on_codes or quantizer_of(operands(node)[0]) is None:
+            return False
+        if op.name in self.target.integer_operators and len(readers) == 1 and quantizer_of(readers[0]) is not None:
+            return False
+        return self._has_exact_product(node) and multiplies_on_codes(node, self.grids[operands(node)[0]])
+
+    @property
+    def layers_on_codes(self) -> frozenset[fx.Node]:
+        """Layers that the runtime computes in float, exactly: on the codes of input and weight."""
+        return frozenset(
+            n for n, kernel in self.kernels.items() if kernel == EXACT_FLOAT and op_of(n).role == "compute"
+        )
+
     def _quantizer_step(self, node: fx.Node) -> Step:
         quantizer = quantizer_of(node)
         assert quantizer is not None
@@ -166,20 +188,32 @@ class Program:
         known = self.grids.get(value)
         return known is not None and known.scale is grid.scale
 
-    def _kernel(self, source: fx.Node, output: Grid | None) -> Kernel:
+    def _kernel(self, source: fx.Node, output: Grid | None, *, on_codes: bool = False) -> Kernel:
         inputs = [self.grids[node] for node in operands(source)]
-        return build_kernel(source, inputs, output, self.carrier)
+        return build_kernel(source, inputs, output, self.carrier, on_codes=on_codes)
 
     def _operator_step(self, node: fx.Node) -> Step:
         op = op_of(node)
         if op.role == "compute":
             integer = op.name in self.target.float_output and self._runs_in_integers(node, self.grids)
+            on_codes = not integer and self._multiplies_on_codes(node)
             if integer or self._has_exact_product(node):
-                kernel = self._kernel(node, None)
-                return Step(node, kernel.run, None, kernel.name if integer else "float")
+                kernel = self._kernel(node, None, on_codes=on_codes)
+                return Step(node, kernel.run, None, kernel.name if integer else EXACT_FLOAT if on_codes else "float")
         if op.role == "move" and operands(node)[0] in self.grids and self._followed_by_itself(node):
             return Step(node, lambda env: self._call(node, env, codes=True), self.grids[operands(node)[0]], "codes")
-        return Step(node, lambda env: self._call(node, env, codes=False))
+        return self._float_step(node)
+
+    def _float_step(self, node: fx.Node) -> Step:
+        """An operator that the runtime computes in float; exact where we know in which order, or order is no matter."""
+        name = op_of(node).name
+        if self.target.exact and name in ("avg_pool", "global_avg_pool"):
+            pool, source = float_pool(node), operands(node)[0]
+            reordered = source.op == "placeholder" or op_of(source).name == "max_pool"  # to blocks of channels
+            kernel = "float" if reordered else EXACT_FLOAT
+            return Step(node, lambda env: pool(self.real(source, env)), kernel=kernel)
+        exact = self.target.exact and name in _ELEMENTWISE and node.kwargs.get("alpha", 1) == 1
+        return Step(node, lambda env: self._call(node, env, codes=False), kernel=EXACT_FLOAT if exact else "float")
 
     def _followed_by_itself(self, node: fx.Node) -> bool:
         """Whether everything that reads a moved value takes it on the same grid (or moves it on)."""

@@ -11,7 +11,7 @@ from ..calibrate.noise import Noise
 from ..calibrate.walk import WalkLog
 from ..capture.ops import layer_of, module_of, op_of, quantizer_of
 from ..grid import Grid
-from ..integer.program import Program
+from ..integer.program import EXACT_FLOAT, Program
 from ..optimize.visit import StepLog
 from ..place.layers import QuantLayer
 from ..place.macs import macs_of
@@ -105,8 +105,11 @@ def _layer(node: fx.Node, quantized: bool, program: Program, log: WalkLog | None
     ends = [q for user in fused_end(node).users if (q := quantizer_of(user)) is not None]
     report.output_bits = _bits(ends[0].grid) if ends else None
     executed = {program._sources.get(step.node, step.node): step.kernel for step in program.steps}
-    report.integer = executed.get(node, "float") == op_of(node).name
-    if not report.integer and report.weight_bits and report.input_bits:
+    kernel = executed.get(node, "float")
+    report.integer = kernel == op_of(node).name
+    if kernel == EXACT_FLOAT:
+        report.note = f"{program.target.name} multiplies its codes in float32: exact, at float speed"
+    elif not report.integer and report.weight_bits and report.input_bits:
         report.note = f"{program.target.name} computes it in float between Q and DQ"
     noise = log.noise.get(node) if log else None
     report.sqnr_db = _finite(noise.db) if noise else None

@@ -15,6 +15,7 @@ _TARGETS = {
             engine="onnxruntime",
             integer_operators=frozenset(_COMPUTE | _RESCALE),
             float_output=frozenset({"linear", "matmul"}),
+            float_on_codes=frozenset({"conv", "conv_transpose"}),
             unsigned_codes=True,
             exact=True,
             notes=(
@@ -22,7 +23,10 @@ _TARGETS = {
                     "Measured on onnxruntime 1.31 with AVX-512 VNNI. CPUs without VNNI saturate pairs of u8 x s8 "
                     "products in 16 bits, so that results there can differ from the law."
                 ),
-                "Transposed convolutions and operands of other widths than 8 bits run in float between Q and DQ.",
+                (
+                    "Transposed convolutions and those whose output stays float run in float32 on the codes "
+                    "themselves, which is exact; other widths than 8 bits run in float between Q and DQ."
+                ),
             ),
         ),
         Target(

@@ -15,10 +15,11 @@ class Target(BaseModel):
     """What an exported model meets.
 
     ``integer_operators``: operators that the runtime executes on codes, given operands of ``integer_bits``.
-    ``float_output``: of those, the ones that can hand their accumulator on as float. ``unsigned_codes``: activations
-    are stored unsigned (x86 has only u8 x s8 products). ``rescales``: add and concat take operands of different
-    scales. ``exact``: the law by which integer results reach their output grid (``bitsmith.integer.laws``) is known
-    to the bit, so that file and integer executor must agree on every output.
+    ``float_output``: of those, the ones that can hand their accumulator on as float. ``float_on_codes``: layers
+    with float kernels that sum products in float32 in some order, so that codes of 8 bits come out exact.
+    ``unsigned_codes``: activations are stored unsigned (x86 has only u8 x s8 products). ``rescales``: add and
+    concat take operands of different scales. ``exact``: the law by which integer results reach their output grid
+    (``bitsmith.integer.laws``) is known to the bit, so that file and integer executor must agree on every output.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +35,7 @@ class Target(BaseModel):
     integer_operators: frozenset[str]
     integer_bits: tuple[int, ...] = (8,)
     float_output: frozenset[str] = frozenset()
+    float_on_codes: frozenset[str] = frozenset()
     unsigned_codes: bool = False
     rescales: bool = True
     exact: bool = False
@@ -41,7 +43,7 @@ class Target(BaseModel):
     accumulator_bits: int = 32
     notes: tuple[str, ...] = ()
 
-    @field_serializer("integer_operators", "float_output", when_used="json")
+    @field_serializer("integer_operators", "float_output", "float_on_codes", when_used="json")
     def _in_order(self, names: frozenset[str]) -> list[str]:
         """Sets in one order, so that the same model is saved as the same file."""
         return sorted(names)

@@ -17,6 +17,7 @@ from ..errors import MissingExtraError, VerificationError
 EngineName = Literal["onnxruntime", "openvino"]
 Array = np.ndarray[Any, Any]
 _INTEGER_KERNELS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize")
+_ON_CODES = " on codes"
 _COMPUTE_KERNELS = {
     "Conv",
     "FusedConv",
@@ -43,8 +44,10 @@ class Engine:
 
     @property
     def integer_kernels(self) -> dict[str, int]:
-        """Kernels that multiply or rescale codes."""
-        return {k: n for k, n in sorted(self.kernels.items()) if k.startswith(_INTEGER_KERNELS)}
+        """Kernels that multiply or rescale codes: in integers, or ``on codes`` in float32, which is exact as well."""
+        return {
+            k: n for k, n in sorted(self.kernels.items()) if k.startswith(_INTEGER_KERNELS) or k.endswith(_ON_CODES)
+        }
 
     @property
     def float_compute_kernels(self) -> dict[str, int]:
@@ -75,7 +78,7 @@ def _onnxruntime(path: Path, threads: int | None) -> Engine:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a family of its own, without a common base
             raise VerificationError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
-        kernels = _node_types(optimized)
+        kernels = _kernels(optimized)
     inputs, outputs = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
 
     def run(feeds: dict[str, Array]) -> list[Array]:
@@ -87,12 +90,27 @@ def _onnxruntime(path: Path, threads: int | None) -> Engine:
     return Engine("onnxruntime", ort.__version__, inputs, outputs, run, kernels)
 
 
-def _node_types(path: Path) -> Counter[str]:
+def _kernels(path: Path) -> Counter[str]:
+    """The operators of a file by type; float layers that multiply codes are counted apart."""
     import onnx
+    from onnx import numpy_helper
 
     if not path.is_file():
         return Counter()
-    return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    constants = {t.name: t for t in graph.initializer}
+    codes = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear"
+        and (scale := constants.get(node.input[1])) is not None
+        and scale.data_location == onnx.TensorProto.DEFAULT
+        and (numpy_helper.to_array(scale) == 1).all()
+    }
+    return Counter(
+        node.op_type + (_ON_CODES if node.op_type in _COMPUTE_KERNELS and codes.issuperset(node.input[:2]) else "")
+        for node in graph.node
+    )
 
 
 def _holds_float8(path: Path) -> bool:

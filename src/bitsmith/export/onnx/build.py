@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...grid import Quantizer
 from ...place.layers import QuantLayer
 from . import ops_activation, ops_create, ops_layers, ops_math, ops_matmul, ops_pool, ops_resize, ops_shape
 from .builder import Builder, Style
+from .on_codes import write_on_codes
 from .quantize_nodes import emit_activation, parameter_grid, parameter_writer
 from .registry import FUNCTIONS, LAYERS, Call, LayerCall, operator_name, unsupported
 
@@ -42,6 +43,7 @@ def build_onnx(
     output_names: Sequence[str] | None = None,
     pack_int4: bool = True,
     uint8_activations: bool = False,
+    on_codes: Collection[fx.Node] = (),
 ) -> onnx.ModelProto:
     """A LayerGraph, quantized or not, as a checked ONNX model with the shape of every tensor.
 
@@ -54,6 +56,9 @@ def build_onnx(
     ``uint8_activations`` stores signed activation codes as uint8 with the zero point moved along: the same
     numbers. onnxruntime on x86 fuses these everywhere, but leaves an int8 tensor with two readers unfused.
 
+    ``on_codes`` are layers written so that a float kernel multiplies their codes: input and weight dequantized with
+    scale 1, and the scale ``s_x * s_w`` in a Mul behind. float32 holds such sums exactly, in whatever order.
+
     Inputs are named after the parameters of ``forward`` and outputs after their nodes, unless named here. The
     leading dimension is free (``batch``) where it is in the graph.
     """
@@ -62,7 +67,7 @@ def build_onnx(
         raise ExportError(f"style={style!r}: ONNX export knows 'qdq' and 'qcdq'")
     if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise ExportError(f"opset={opset}: ONNX export writes opsets {OLDEST_OPSET} to {NEWEST_OPSET}")
-    builder = Builder(opset, style, pack_int4, uint8_activations)
+    builder = Builder(opset, style, pack_int4, uint8_activations, frozenset(on_codes))
     inputs = _write_inputs(builder, graph, input_names)
     with torch.no_grad():
         for node in graph.graph.nodes:
@@ -154,7 +159,8 @@ def _write_module(builder: Builder, graph: fx.GraphModule, node: fx.Node) -> Non
         layer = module.layer if isinstance(module, QuantLayer) else module
         write = _layer_writer(node, layer)
         write_parameter, grid = parameter_writer(builder, node, module), partial(parameter_grid, module)
-        result = write(LayerCall(builder, node, layer, write_parameter, grid))
+        call = LayerCall(builder, node, layer, write_parameter, grid)
+        result = write_on_codes(call, module, write) if node in builder.on_codes else write(call)
         result = builder.finish_node(first, result, str(node.target))
     builder.values[node] = result
     _describe_new(builder, first, result, node.meta["val"])

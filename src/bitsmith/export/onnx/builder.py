@@ -55,6 +55,7 @@ class Builder:
     style: Style = "qdq"
     pack_int4: bool = True
     uint8_activations: bool = False
+    on_codes: frozenset[fx.Node] = frozenset()
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     infos: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)

@@ -121,18 +121,29 @@ def _grid_initializers(
     return builder.cache[scale_key], builder.cache[zero_key]
 
 
-def parameter_writer(builder: Builder, node: fx.Node, module: nn.Module) -> Callable[..., str]:
-    """A function that writes a layer's parameter, once, and returns the name of its float value."""
+def parameter_writer(
+    builder: Builder, node: fx.Node, module: nn.Module, *, unit_scale: bool = False
+) -> Callable[..., str]:
+    """A function that writes a layer's parameter, once, and returns the name of its float value.
+
+    With ``unit_scale`` that value is the parameter's codes (less their zero point).
+    """
     layer = module.layer if isinstance(module, QuantLayer) else module
 
     def write(name: str, *, transposed: bool = False, shape: tuple[int, ...] | None = None) -> str:
         grid = parameter_grid(module, name)  # calls of one layer share its weight, but each has its own bias scale
         scale = None if grid is None else grid.scale.cpu().numpy().tobytes()
-        key = ("parameter", id(layer), name, transposed, scale)
+        key = ("parameter", id(layer), name, transposed, unit_scale, scale)
         if key not in builder.cache:
             tensor = getattr(layer, name).detach()
             builder.cache[key] = emit_parameter(
-                builder, f"{node.target}.{name}", tensor, grid, transposed=transposed, shape=shape
+                builder,
+                f"{node.target}.{name}",
+                tensor,
+                grid,
+                transposed=transposed,
+                shape=shape,
+                unit_scale=unit_scale,
             )
         return builder.cache[key]
 
@@ -153,6 +164,7 @@ def emit_parameter(
     *,
     transposed: bool = False,
     shape: tuple[int, ...] | None = None,
+    unit_scale: bool = False,
 ) -> str:
     """Write a parameter: a float initializer, or integer codes and a DequantizeLinear."""
 
@@ -171,6 +183,8 @@ def emit_parameter(
         axis = axis % tensor.ndim
         axis = 1 - axis if transposed else axis
     scale, zero = grid.scale.float(), _zero_points(grid)
+    if unit_scale:
+        scale = torch.ones_like(scale)
     if transposed and scale.ndim == 2:
         scale, zero = scale.t(), zero.t()
     return _dequantize_codes(builder, name, codes, grid, scale, zero, axis if scale.ndim else None, grid.group_size)

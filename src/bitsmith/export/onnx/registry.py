@@ -148,6 +148,8 @@ class LayerCall:
     layer: nn.Module
     parameter: Callable[..., str]
     grid: Callable[[str], Grid | None]
+    source: str | None = None
+    omitted: tuple[str, ...] = ()
 
     @property
     def input(self) -> fx.Node:
@@ -158,8 +160,8 @@ class LayerCall:
 
     @property
     def x(self) -> str:
-        """The ONNX name of the layer's input."""
-        return self.builder.value(self.input)
+        """The ONNX name of the layer's input (``source``, where that is another form of it)."""
+        return self.source or self.builder.value(self.input)
 
     def grouped(self, name: str) -> bool:
         """Whether a parameter has a scale per group."""
@@ -167,8 +169,9 @@ class LayerCall:
         return grid is not None and grid.group_size is not None
 
     def optional_parameter(self, name: str) -> str | None:
-        """A parameter that the layer may not have (``bias``)."""
-        return self.parameter(name) if getattr(self.layer, name, None) is not None else None
+        """A parameter that the layer may not have (``bias``), or that is ``omitted``, since it is written elsewhere."""
+        absent = name in self.omitted or getattr(self.layer, name, None) is None
+        return None if absent else self.parameter(name)
 
     def emit(self, op_type: str, *inputs: str | None, **attributes: Any) -> str:
         """Write one ONNX node; the name of its output."""
