@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,16 @@ from .calibrate import calibrate, parse_memory
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, evaluation_mode, read_batches
+from .capture.inputs import Arguments, first_samples
 from .errors import CaptureError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
 from .place.place import Placed, place
-from .prepare import fold_batch_norm
+from .prepare.prepare import prepare
 from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
 from .targets import Target, get_target
 
+_TRIAL_SAMPLES, _TRIAL_MEMORY = 64, 1 << 30
 _TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and its mode was restored"
 
 
@@ -76,7 +81,8 @@ def quantize(
     clock.lap("capture")
     notes = [_TRAIN_MODE] if was_training else []
     notes += graph.meta.get("notes", [])
-    notes += fold_batch_norm(graph) if recipe.step("fold_batch_norm") else []
+    graph, prepared = prepare(graph, recipe.steps, batches, partial(_output_sqnr, batches, recipe, target))
+    notes += prepared
     clock.lap("prepare")
     placed = place(graph, recipe, target)
     clock.lap("place")
@@ -87,6 +93,16 @@ def quantize(
     )  # fmt: skip
     clock.lap("calibrate")
     return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))
+
+
+def _output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
+    """Signal to noise at the outputs of a graph, in dB, from a short walk with a copy of it."""
+    trial = copy.deepcopy(graph)
+    steps = tuple(step for step in recipe.steps if step.stage == "bias")
+    placed = place(trial, recipe, target)
+    few = [first_samples(batches[0], _TRIAL_SAMPLES)]
+    log = calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=_TRIAL_SAMPLES, steps=steps)
+    return -math.inf if log.output.db is None else log.output.db
 
 
 def finish(

@@ -30,6 +30,15 @@ class FoldBatchNorm(_Step):
     name: Literal["fold_batch_norm"] = "fold_batch_norm"
 
 
+class Equalize(_Step):
+    """Cross-layer equalization (arXiv 1906.04721, section 4.1): one range for the layers on both sides of a channel."""
+
+    stage: ClassVar[Stage] = "prepare"
+    name: Literal["equalize"] = "equalize"
+    iterations: int = Field(default=20, ge=1, le=1000, description="sweeps; it stops when nothing moves any more")
+    merge_bias: bool = Field(default=False, description="let the bias of a channel count in its range")
+
+
 class Gptq(_Step):
     """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error."""
 
@@ -45,7 +54,7 @@ class BiasCorrection(_Step):
     name: Literal["bias_correction"] = "bias_correction"
 
 
-Step = Annotated[FoldBatchNorm | Gptq | BiasCorrection, Field(discriminator="name")]
+Step = Annotated[FoldBatchNorm | Equalize | Gptq | BiasCorrection, Field(discriminator="name")]
 
 _ORDER: tuple[Stage, ...] = ("prepare", "weights", "bias")
 

@@ -151,3 +151,11 @@ def _signature(arguments: Arguments) -> list[str]:
 def sample_count(arguments: Arguments) -> int:
     """How many samples a batch holds: the leading dimension of its first tensor."""
     return next((t.shape[0] if t.ndim else 1 for t in tensors_of(arguments)), 1)
+
+
+def first_samples(arguments: Arguments, count: int) -> Arguments:
+    """The first ``count`` samples of a batch."""
+    found = sample_count(arguments)
+    cut = lambda t: t[:count] if t.ndim and t.shape[0] == found else t  # noqa: E731
+    result: Arguments = torch.utils._pytree.tree_map_only(Tensor, cut, arguments)
+    return result

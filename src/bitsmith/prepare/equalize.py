@@ -1,0 +1,122 @@
+"""Cross-layer equalization: scale channels so that the layers on both sides of them use the same range.
+
+Source: Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction (arXiv 1906.04721),
+section 4.1. Where f(sx) = s f(x), a channel between two layers may be scaled by any s > 0: its rows in the first
+layer times s, its columns in the second divided by s. With ranges r1 and r2, s = sqrt(r2 / r1) makes both
+sqrt(r1 r2), equation (11). Adds, concats and shared layers tie channels together (``channels.py``); the range on each
+side is then the largest of those tied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.inputs import Arguments, first_samples
+from ..steps import Equalize
+from .channels import FIXED, ChannelFlow
+from .weights import in_range, out_range, scale_inputs, scale_outputs
+
+_DEAD = 1e-8  # of the largest range of a layer: such a channel is left alone
+_HEADROOM = 1.25  # beyond what was seen in front of a clip
+_CONVERGED = 1e-4
+
+
+def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize) -> str:
+    """Equalize every channel between layers, in place; returns what was done in a line.
+
+    The function stays what it was, to float rounding. In front of a clip such as ReLU6 that holds for inputs that
+    come no further than ``batches`` do: channels that reach the clip there are left alone, the others stay below it.
+    """
+    flow = ChannelFlow(graph).follow(one_sample(graph, batches[0]))
+    limit = _limits(flow, graph, batches)
+    total = torch.ones(flow.count, dtype=torch.float64)
+    for _ in range(options.iterations):
+        step = _step(flow, options)
+        step = torch.minimum(step, limit / total)
+        total *= step
+        apply_scales(flow, step)
+        if float((step - 1).abs().max()) < _CONVERGED:
+            break
+    changed = sum(bool((total[flow.roots[link.gives]] != 1).any()) for link in flow.links.values())
+    return f"equalized the output channels of {changed} of {len(flow.links)} layers"
+
+
+def one_sample(graph: fx.GraphModule, arguments: Arguments) -> Arguments:
+    """The first sample of a batch, if the model takes any number of them."""
+    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+    tensors = [v for v in values if isinstance(v, Tensor) and v.ndim]
+    if not tensors or not all(isinstance(v.shape[0], torch.SymInt) for v in tensors):
+        return arguments
+    return first_samples(arguments, 1)
+
+
+def _step(flow: ChannelFlow, options: Equalize) -> Tensor:
+    """s of every channel: sqrt(range where it is read / range where it is given); 1 where one side is missing."""
+    gives = torch.zeros(flow.count, dtype=torch.float64)
+    reads = torch.zeros(flow.count, dtype=torch.float64)
+    for link in flow.links.values():
+        _raise_to(gives, flow.roots[link.gives], out_range(link.layer, options.merge_bias))
+        if link.reads is not None:
+            _raise_to(reads, flow.roots[link.reads], in_range(link.layer))
+    scalable = (gives > 0) & (reads > 0)
+    scalable[FIXED] = False
+    return torch.where(scalable, (reads / gives).sqrt(), 1.0)[flow.roots]
+
+
+def _raise_to(ranges: Tensor, channels: Tensor, found: Tensor) -> None:
+    """The larger of what is there and what is found; next to nothing counts as nothing."""
+    found = torch.where(found < _DEAD * found.amax(), 0.0, found)
+    ranges.scatter_reduce_(0, channels, found, "amax")
+
+
+def apply_scales(flow: ChannelFlow, scale: Tensor) -> None:
+    """Give every channel times its scale: layers that give it are multiplied, layers that read it divided."""
+    for link in flow.links.values():
+        scale_outputs(link.layer, scale[flow.roots[link.gives]])
+        if link.reads is not None:
+            scale_inputs(link.layer, 1 / scale[flow.roots[link.reads]])
+
+
+class _Reach(fx.Interpreter):
+    """The least and greatest value of every channel in front of the clips."""
+
+    def __init__(self, graph: fx.GraphModule, flow: ChannelFlow) -> None:
+        super().__init__(graph)
+        self.clips = {clip.node: clip for clip in flow.clips}
+        self.ends = {
+            clip.node: torch.zeros(2, len(clip.channels), dtype=torch.float64) for clip in flow.clips
+        }  # lowest, highest; 0 is never clipped
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node; in front of a clip its ends are taken."""
+        if n in self.clips:
+            x = self.env[n.args[0]]  # type: ignore[index]
+            dims = [d for d in range(x.ndim) if d != 1]
+            low, high = self.ends[n]
+            torch.minimum(low, x.amin(dims).double().cpu(), out=low)
+            torch.maximum(high, x.amax(dims).double().cpu(), out=high)
+        return super().run_node(n)
+
+
+def _limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments]) -> Tensor:
+    """The largest scale of every channel that keeps it clear of the clips it meets."""
+    limit = torch.full((flow.count,), torch.inf, dtype=torch.float64)
+    if flow.clips:
+        reach = _Reach(graph, flow)
+        with torch.no_grad():
+            for args, kwargs in batches:
+                reach.run(*args, *kwargs.values())
+        for clip in flow.clips:
+            low, high = reach.ends[clip.node]
+            room = torch.full_like(high, torch.inf)
+            room = torch.where(high > 0, clip.high / (high * _HEADROOM), room)
+            if clip.low < 0:
+                room = torch.minimum(room, torch.where(low < 0, clip.low / (low * _HEADROOM), room))
+            meets = (high * _HEADROOM >= clip.high) | ((low * _HEADROOM <= clip.low) & (clip.low < 0))
+            roots = flow.roots[clip.channels]
+            limit.scatter_reduce_(0, roots, room, "amin")
+            flow.roots = torch.where(torch.isin(flow.roots, roots[meets]), FIXED, flow.roots)
+    return limit[flow.roots]

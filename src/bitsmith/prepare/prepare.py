@@ -1,0 +1,45 @@
+"""The recipe's steps that rewrite a model without changing its function, each kept only where it helps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ..capture.inputs import Arguments
+from ..steps import Step
+from .equalize import equalize
+from .fold_batch_norm import fold_batch_norm
+
+Judge = Callable[[fx.GraphModule], float]  # signal to noise ratio at the outputs once quantized, in dB
+
+_REWRITES: dict[str, Callable[[fx.GraphModule, list[Arguments], Any], str]] = {"equalize": equalize}
+
+
+def prepare(
+    graph: fx.GraphModule, steps: tuple[Step, ...], batches: list[Arguments], judge: Judge
+) -> tuple[fx.GraphModule, list[str]]:
+    """The graph after the steps of stage ``prepare``, and a line on what each did.
+
+    Folding a batch norm always helps. What moves ranges from one layer to another may do harm (equalization does
+    where weights have a scale per channel): such a step is kept only where ``judge`` finds less noise after it.
+    """
+    notes: list[str] = []
+    before: float | None = None
+    for step in steps:
+        if step.name == "fold_batch_norm":
+            notes += fold_batch_norm(graph)
+        elif step.name in _REWRITES:
+            before = judge(graph) if before is None else before
+            candidate = copy.deepcopy(graph)
+            note = _REWRITES[step.name](candidate, batches, step)
+            after = judge(candidate)
+            noise = f"output SQNR {before:.1f} dB without it, {after:.1f} dB with it"
+            if after > before:
+                graph, before = candidate, after
+                notes.append(f"{step.name}: {note}; {noise}")
+            else:
+                notes.append(f"{step.name}: undone, {noise}")
+    return graph, notes
