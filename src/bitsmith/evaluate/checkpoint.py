@@ -75,14 +75,17 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_torch(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch says "GLOBAL name" of every function or class that is not on its short list.
-        if (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
-            raise _holds_code(file, named[1]) from error
-        raise _damaged(file, error) from error
     # Damaged bytes make torch's reader fail in many ways; in each of them the user's file is at fault.
     except Exception as error:
-        raise _damaged(file, error) from error
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: Exception) -> CheckpointError:
+    """The CheckpointError that says what ``error``, raised by ``torch.load(weights_only=True)``, means for ``file``."""
+    # torch says "GLOBAL name" of every function or class that is not on its short list.
+    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
+        return _holds_code(file, named[1])
+    return _damaged(file, error)
 
 
 def _holds_code(file: Path, name: str) -> CheckpointError:
