@@ -81,7 +81,7 @@ def quantize(
     clock.lap("capture")
     notes = [_TRAIN_MODE] if was_training else []
     notes += graph.meta.get("notes", [])
-    graph, prepared = prepare(graph, recipe.steps, batches, partial(_output_sqnr, batches, recipe, target))
+    graph, prepared = prepare(graph, recipe, batches, partial(_output_sqnr, batches, recipe, target))
     notes += prepared
     clock.lap("prepare")
     placed = place(graph, recipe, target)

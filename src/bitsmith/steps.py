@@ -39,6 +39,19 @@ class Equalize(_Step):
     merge_bias: bool = Field(default=False, description="let the bias of a channel count in its range")
 
 
+class EqualizeActivations(_Step):
+    """Activation equalization, SmoothQuant (arXiv 2211.10438): from outlying activations into the weights."""
+
+    stage: ClassVar[Stage] = "prepare"
+    name: Literal["equalize_activations"] = "equalize_activations"
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["search"] = Field(
+        default=0.5, description="how much moves into the weights, 0 to 1; 'search': least output error, per layer"
+    )
+    insert: bool | None = Field(
+        default=None, description="multiply where nothing before a layer can be scaled; None: under 'layerwise' only"
+    )
+
+
 class Gptq(_Step):
     """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error."""
 
@@ -54,7 +67,7 @@ class BiasCorrection(_Step):
     name: Literal["bias_correction"] = "bias_correction"
 
 
-Step = Annotated[FoldBatchNorm | Equalize | Gptq | BiasCorrection, Field(discriminator="name")]
+Step = Annotated[FoldBatchNorm | Equalize | EqualizeActivations | Gptq | BiasCorrection, Field(discriminator="name")]
 
 _ORDER: tuple[Stage, ...] = ("prepare", "weights", "bias")
 

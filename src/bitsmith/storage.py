@@ -26,6 +26,7 @@ from .model import QuantizedModel
 from .place.layers import QuantLayer
 from .place.place import Placed, place
 from .prepare import fold_batch_norm
+from .prepare.structure import rebuild
 from .recipe import load_recipe
 from .report.model import Report
 from .targets import Target
@@ -47,6 +48,7 @@ def save(q: QuantizedModel, folder: str | Path) -> Path:
         "version": _VERSION,
         "target": q.target.model_dump(mode="json"),
         "inputs": _describe_inputs(q.graph),
+        "structure": q.graph.meta.get("structure", []),
         "quantizers": {name: _describe(quantizer) for name, quantizer in _quantizers(q.graph)},
         "report": q.report.model_dump(mode="json"),
     }
@@ -83,6 +85,7 @@ def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
         graph = capture(model, _example_inputs(manifest))
     if recipe.step("fold_batch_norm"):
         fold_batch_norm(graph)
+    rebuild(graph, manifest.get("structure", []))
     placed = place(graph, recipe, target)
     _restore(graph, placed, manifest, state, folder)
     channels_last(graph)

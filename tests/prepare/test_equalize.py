@@ -20,8 +20,10 @@ from bitsmith.prepare.channels import ChannelFlow, _components
 from bitsmith.prepare.equalize import equalize
 from bitsmith.prepare.prepare import _REWRITES as rewrites
 from bitsmith.prepare.weights import in_range, out_range, scale_inputs, scale_outputs
-from bitsmith.recipe import bits_recipe
+from bitsmith.recipe import bits_recipe, load_recipe
 from bitsmith.steps import Equalize
+
+RECIPE = load_recipe("int8")
 
 
 class _Net(nn.Module):
@@ -104,7 +106,7 @@ def test_the_function_stays(name: str) -> None:
     graph = _graph(model, x)
     with torch.no_grad():
         before = graph(x)
-        note = equalize(graph, read_batches(model, [x]), Equalize(merge_bias=name == "chain"))
+        note = equalize(graph, read_batches(model, [x]), Equalize(merge_bias=name == "chain"), RECIPE)
         after = graph(x)
     assert note.startswith(f"equalized the output channels of {expected} of")
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
@@ -117,7 +119,7 @@ def test_two_layers_meet_at_the_geometric_mean() -> None:
     graph = _graph(model, x)
     first, second = graph.get_submodule("0"), graph.get_submodule("2")
     mean = (out_range(first) * in_range(second)).sqrt()
-    equalize(graph, read_batches(model, [x]), Equalize())
+    equalize(graph, read_batches(model, [x]), Equalize(), RECIPE)
     torch.testing.assert_close(out_range(first), mean, rtol=1e-5, atol=0)
     torch.testing.assert_close(in_range(second), mean, rtol=1e-5, atol=0)
 
@@ -126,7 +128,7 @@ def test_a_chain_of_depthwise_layers_comes_to_rest_with_equal_ranges() -> None:
     model = _spoiled(NETS["depthwise"][0])
     x = torch.randn(2, 3, 8, 8)
     graph = _graph(model, x)
-    equalize(graph, read_batches(model, [x]), Equalize(iterations=200))
+    equalize(graph, read_batches(model, [x]), Equalize(iterations=200), RECIPE)
     first, middle, last = (graph.get_submodule(name) for name in "024")
     torch.testing.assert_close(out_range(first), in_range(middle), rtol=1e-3, atol=0)
     torch.testing.assert_close(out_range(middle), in_range(last), rtol=1e-3, atol=0)
@@ -144,7 +146,7 @@ def test_in_front_of_a_clip_only_channels_with_room_move() -> None:
     graph = _graph(model, x)
     with torch.no_grad():
         before = graph(x)
-        equalize(graph, read_batches(model, [x]), Equalize(iterations=100))
+        equalize(graph, read_batches(model, [x]), Equalize(iterations=100), RECIPE)
         torch.testing.assert_close(graph(x), before, rtol=1e-5, atol=1e-6)
     found = out_range(graph.get_submodule("0"))
     assert float(found[2]) == 20.0
@@ -158,7 +160,7 @@ def test_a_dead_channel_is_left_alone() -> None:
     x = torch.randn(8, 4)
     graph = _graph(model, x)
     kept = graph.get_submodule("2").weight[:, 1].clone()
-    equalize(graph, read_batches(model, [x]), Equalize())
+    equalize(graph, read_batches(model, [x]), Equalize(), RECIPE)
     torch.testing.assert_close(graph.get_submodule("2").weight[:, 1], kept, rtol=0, atol=0)
 
 
@@ -210,7 +212,7 @@ def test_a_recipe_undoes_it_where_it_does_harm(monkeypatch: pytest.MonkeyPatch) 
     model = nn.Sequential(_conv(3, 8), nn.ReLU(), _conv(8, 4))
     x = torch.randn(16, 3, 8, 8)
 
-    def harmful(graph: fx.GraphModule, batches: Any, options: Equalize) -> str:
+    def harmful(graph: fx.GraphModule, batches: Any, options: Equalize, recipe: Any) -> str:
         scale_outputs(graph.get_submodule("0"), torch.tensor([1e3] + [1.0] * 7).double())
         scale_inputs(graph.get_submodule("2"), torch.tensor([1e-3] + [1.0] * 7).double())
         return "spoiled"
@@ -240,6 +242,6 @@ def test_real_nets_keep_their_function(name: str) -> None:
     x = test[0][0][:32]
     with torch.no_grad():
         before = graph(x)
-        equalize(graph, batches, Equalize())
+        equalize(graph, batches, Equalize(), RECIPE)
         after = graph(x)
     assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())

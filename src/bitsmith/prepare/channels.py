@@ -8,6 +8,7 @@ holds its channels at 1.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..capture.inputs import Arguments
 from ..capture.ops import aten_name, layer_of, op_of
-from .weights import NORMS, in_channels, out_channels
+from .weights import NORMS, Gain, in_channels, out_channels
 
 FIXED = 0  # the channel whose scale is 1
 
@@ -67,6 +68,7 @@ class ChannelFlow(fx.Interpreter):
         args, kwargs = arguments
         with torch.no_grad():
             self.run(*args, *kwargs.values())
+        self._fix_tied_weights()
         self.roots = _components(self.count, self._equal)
         return self
 
@@ -207,7 +209,10 @@ class ChannelFlow(fx.Interpreter):
         activations = [a for a in operands if a.op != "get_attr"]
         if not activations or (aten_name(n) == "div" and n.args[0] is not activations[0]):
             return None
-        main = max(activations, key=lambda a: self.env[a].numel())
+        for constant in operands:
+            if constant not in activations and self.env[constant].shape == value.shape[-1:]:
+                return self._through_gain(n, constant, activations[0], value)
+        main = max(activations, key=lambda a: (self.env[a].numel(), int(self._channels[a].amax())))
         for gate in activations:
             if gate is not main:
                 self._fix(gate)
@@ -216,7 +221,25 @@ class ChannelFlow(fx.Interpreter):
         channels: Tensor = self._channels[main].broadcast_to(value.shape)
         return channels
 
+    def _through_gain(self, n: fx.Node, constant: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
+        """A constant per feature gives the channels of its product, as the weight of a norm does."""
+        self._fix(source)
+        name = str(constant.target)
+        if name not in self.links:
+            self.links[name] = Link(Gain(self.env[constant]), None, self._new(value.shape[-1]))
+        self.links[name].callers.append(n)
+        return _spread(self.links[name].gives, value, -1)
+
     # Channels
+
+    def _fix_tied_weights(self) -> None:
+        """Layers that share their weight with another module, as an embedding and a last layer do, stay as they are."""
+        owners = Counter(p.data_ptr() for m in self.module.modules() for p in m._parameters.values() if p is not None)
+        for link in self.links.values():
+            if owners[link.layer.weight.data_ptr()] > 1:  # type: ignore[operator]
+                for channels in (link.reads, link.gives):
+                    if channels is not None:
+                        self._equal.append((channels, torch.full_like(channels, FIXED)))
 
     def _new(self, count: int) -> Tensor:
         self.count += count

@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..capture.inputs import Arguments, first_samples
+from ..capture.ops import layer_of
+from ..recipe import Recipe
 from ..steps import Equalize
 from .channels import FIXED, ChannelFlow
 from .weights import in_range, out_range, scale_inputs, scale_outputs
@@ -24,14 +26,14 @@ _HEADROOM = 1.25  # beyond what was seen in front of a clip
 _CONVERGED = 1e-4
 
 
-def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize) -> str:
+def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize, _recipe: Recipe) -> str:
     """Equalize every channel between layers, in place; returns what was done in a line.
 
     The function stays what it was, to float rounding. In front of a clip such as ReLU6 that holds for inputs that
     come no further than ``batches`` do: channels that reach the clip there are left alone, the others stay below it.
     """
     flow = ChannelFlow(graph).follow(one_sample(graph, batches[0]))
-    limit = _limits(flow, graph, batches)
+    limit = limits(flow, graph, batches)
     total = torch.ones(flow.count, dtype=torch.float64)
     for _ in range(options.iterations):
         step = _step(flow, options)
@@ -58,15 +60,15 @@ def _step(flow: ChannelFlow, options: Equalize) -> Tensor:
     gives = torch.zeros(flow.count, dtype=torch.float64)
     reads = torch.zeros(flow.count, dtype=torch.float64)
     for link in flow.links.values():
-        _raise_to(gives, flow.roots[link.gives], out_range(link.layer, options.merge_bias))
+        raise_to(gives, flow.roots[link.gives], out_range(link.layer, options.merge_bias))
         if link.reads is not None:
-            _raise_to(reads, flow.roots[link.reads], in_range(link.layer))
+            raise_to(reads, flow.roots[link.reads], in_range(link.layer))
     scalable = (gives > 0) & (reads > 0)
     scalable[FIXED] = False
     return torch.where(scalable, (reads / gives).sqrt(), 1.0)[flow.roots]
 
 
-def _raise_to(ranges: Tensor, channels: Tensor, found: Tensor) -> None:
+def raise_to(ranges: Tensor, channels: Tensor, found: Tensor) -> None:
     """The larger of what is there and what is found; next to nothing counts as nothing."""
     found = torch.where(found < _DEAD * found.amax(), 0.0, found)
     ranges.scatter_reduce_(0, channels, found, "amax")
@@ -80,43 +82,49 @@ def apply_scales(flow: ChannelFlow, scale: Tensor) -> None:
             scale_inputs(link.layer, 1 / scale[flow.roots[link.reads]])
 
 
-class _Reach(fx.Interpreter):
-    """The least and greatest value of every channel in front of the clips."""
+class _Ends(fx.Interpreter):
+    """The least and greatest value of every channel that some nodes read; 0 counts as seen."""
 
-    def __init__(self, graph: fx.GraphModule, flow: ChannelFlow) -> None:
+    def __init__(self, graph: fx.GraphModule, readers: list[fx.Node]) -> None:
         super().__init__(graph)
-        self.clips = {clip.node: clip for clip in flow.clips}
-        self.ends = {
-            clip.node: torch.zeros(2, len(clip.channels), dtype=torch.float64) for clip in flow.clips
-        }  # lowest, highest; 0 is never clipped
+        self.readers = set(readers)
+        self.ends: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node; in front of a clip its ends are taken."""
-        if n in self.clips:
+        """The value of a node; the ends of what a reader reads are taken."""
+        if n in self.readers:
             x = self.env[n.args[0]]  # type: ignore[index]
-            dims = [d for d in range(x.ndim) if d != 1]
-            low, high = self.ends[n]
-            torch.minimum(low, x.amin(dims).double().cpu(), out=low)
-            torch.maximum(high, x.amax(dims).double().cpu(), out=high)
+            axis = x.ndim - 1 if isinstance(layer_of(n), nn.Linear) else 1
+            dims = [d for d in range(x.ndim) if d != axis]
+            found = x.amin(dims).double().cpu().clamp_max(0.0), x.amax(dims).double().cpu().clamp_min(0.0)
+            low, high = self.ends.get(n, found)
+            self.ends[n] = torch.minimum(low, found[0]), torch.maximum(high, found[1])
         return super().run_node(n)
 
 
-def _limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments]) -> Tensor:
-    """The largest scale of every channel that keeps it clear of the clips it meets."""
+def channel_ends(
+    graph: fx.GraphModule, batches: list[Arguments], readers: list[fx.Node]
+) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """The least and greatest value, 0 included, of every channel that each of ``readers`` reads."""
+    seen = _Ends(graph, readers)
+    with torch.no_grad():
+        for args, kwargs in batches:
+            seen.run(*args, *kwargs.values())
+    return seen.ends
+
+
+def limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments]) -> Tensor:
+    """The largest scale of every channel that keeps it clear of the clips it meets; what meets one is fixed."""
     limit = torch.full((flow.count,), torch.inf, dtype=torch.float64)
-    if flow.clips:
-        reach = _Reach(graph, flow)
-        with torch.no_grad():
-            for args, kwargs in batches:
-                reach.run(*args, *kwargs.values())
-        for clip in flow.clips:
-            low, high = reach.ends[clip.node]
-            room = torch.full_like(high, torch.inf)
-            room = torch.where(high > 0, clip.high / (high * _HEADROOM), room)
-            if clip.low < 0:
-                room = torch.minimum(room, torch.where(low < 0, clip.low / (low * _HEADROOM), room))
-            meets = (high * _HEADROOM >= clip.high) | ((low * _HEADROOM <= clip.low) & (clip.low < 0))
-            roots = flow.roots[clip.channels]
-            limit.scatter_reduce_(0, roots, room, "amin")
-            flow.roots = torch.where(torch.isin(flow.roots, roots[meets]), FIXED, flow.roots)
+    ends = channel_ends(graph, batches, [clip.node for clip in flow.clips]) if flow.clips else {}
+    for clip in flow.clips:
+        low, high = ends[clip.node]
+        room = torch.where(high > 0, clip.high / (high * _HEADROOM), torch.inf)
+        meets = high * _HEADROOM >= clip.high
+        if clip.low < 0:
+            room = torch.minimum(room, torch.where(low < 0, clip.low / (low * _HEADROOM), torch.inf))
+            meets |= low * _HEADROOM <= clip.low
+        roots = flow.roots[clip.channels]
+        limit.scatter_reduce_(0, roots, room, "amin")
+        flow.roots = torch.where(torch.isin(flow.roots, roots[meets]), FIXED, flow.roots)
     return limit[flow.roots]

@@ -6,20 +6,25 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..capture.inputs import Arguments
-from ..steps import Step
+from ..recipe import Recipe
 from .equalize import equalize
+from .equalize_activations import equalize_activations
 from .fold_batch_norm import fold_batch_norm
 
 Judge = Callable[[fx.GraphModule], float]  # signal to noise ratio at the outputs once quantized, in dB
 
-_REWRITES: dict[str, Callable[[fx.GraphModule, list[Arguments], Any], str]] = {"equalize": equalize}
+_REWRITES: dict[str, Callable[[fx.GraphModule, list[Arguments], Any, Recipe], str]] = {
+    "equalize": equalize,
+    "equalize_activations": equalize_activations,
+}
 
 
 def prepare(
-    graph: fx.GraphModule, steps: tuple[Step, ...], batches: list[Arguments], judge: Judge
+    graph: fx.GraphModule, recipe: Recipe, batches: list[Arguments], judge: Judge
 ) -> tuple[fx.GraphModule, list[str]]:
     """The graph after the steps of stage ``prepare``, and a line on what each did.
 
@@ -28,13 +33,14 @@ def prepare(
     """
     notes: list[str] = []
     before: float | None = None
-    for step in steps:
+    for step in recipe.steps:
         if step.name == "fold_batch_norm":
             notes += fold_batch_norm(graph)
         elif step.name in _REWRITES:
             before = judge(graph) if before is None else before
             candidate = copy.deepcopy(graph)
-            note = _REWRITES[step.name](candidate, batches, step)
+            with torch.no_grad():
+                note = _REWRITES[step.name](candidate, batches, step, recipe)
             after = judge(candidate)
             noise = f"output SQNR {before:.1f} dB without it, {after:.1f} dB with it"
             if after > before:

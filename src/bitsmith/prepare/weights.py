@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+class Gain(nn.Module):
+    """A multiplication by a constant of one value per channel, as norms written by hand end with."""
+
+    bias = None
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)  # the same memory
+
+
+NORMS = (Gain, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -63,7 +74,7 @@ def scale_inputs(layer: Any, factor: Tensor) -> None:
     else:  # each group of output channels reads its own input channels
         shaped = factor.view(groups, 1, -1).expand(groups, layer.weight.shape[0] // groups, -1)
         shaped = shaped.reshape(layer.weight.shape[0], -1, *taps)
-    layer.weight.data = (layer.weight.double() * shaped).to(layer.weight.dtype)
+    layer.weight.data.copy_(layer.weight.double() * shaped)
 
 
 def scale_outputs(layer: Any, factor: Tensor) -> None:
@@ -75,6 +86,6 @@ def scale_outputs(layer: Any, factor: Tensor) -> None:
         shaped = shaped.reshape(weight.shape[0], -1, *[1] * (weight.ndim - 2))
     else:
         shaped = factor.view(-1, *[1] * (weight.ndim - 1))
-    weight.data = (weight.double() * shaped).to(weight.dtype)
+    weight.data.copy_(weight.double() * shaped)
     if layer.bias is not None:
-        layer.bias.data = (layer.bias.double() * factor).to(layer.bias.dtype)
+        layer.bias.data.copy_(layer.bias.double() * factor)
