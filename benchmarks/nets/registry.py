@@ -136,12 +136,12 @@ def _random(name: str) -> Benchmark:
     return Benchmark(model, calibration, judged, info)
 
 
-_RESNET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+RESNET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SHUFFLENET = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 _LOADERS: dict[str, Callable[[str], Benchmark]] = {
-    "resnet20": _cifar(resnet20, "cifar10_resnet20_akamaster.safetensors", *_RESNET, 91.73),
-    "resnet32": _cifar(resnet32, "cifar10_resnet32_akamaster.safetensors", *_RESNET, 92.62),
+    "resnet20": _cifar(resnet20, "cifar10_resnet20_akamaster.safetensors", *RESNET_NORM, 91.73),
+    "resnet32": _cifar(resnet32, "cifar10_resnet32_akamaster.safetensors", *RESNET_NORM, 92.62),
     "shufflenetv2_x0_5": _cifar(
         shufflenetv2_x0_5, "cifar10_shufflenetv2_x0_5_chenyaofo.safetensors", *_SHUFFLENET, 90.64
     ),

@@ -154,7 +154,7 @@ def bits_recipe(
 def _fp8() -> Recipe:
     weights = TensorSpec(format=FP8_E4M3, granularity="channel")
     activations = TensorSpec(format=FP8_E4M3, range=RangeRule(name="mse"))
-    steps = (FoldBatchNorm(), Gptq(), BiasCorrection())
+    steps = (FoldBatchNorm(), Gptq(asymmetric=True), BiasCorrection())
     return Recipe(name="fp8", weights=weights, activations=activations, bias=None, steps=steps)
 
 

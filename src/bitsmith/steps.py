@@ -53,11 +53,15 @@ class EqualizeActivations(_Step):
 
 
 class Gptq(_Step):
-    """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error."""
+    """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error.
+
+    ``asymmetric`` (arXiv 2504.02692): they make up for the error of the layer's inputs as well.
+    """
 
     stage: ClassVar[Stage] = "weights"
     samples: ClassVar[int] = 512
     name: Literal["gptq"] = "gptq"
+    asymmetric: bool = False
 
 
 class BiasCorrection(_Step):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import bitsmith as bs
-from bitsmith.grid import Grid, IntFormat, TensorSpec, fake_quantize
-from bitsmith.optimize.gptq import Hessian, _patches, gptq
+from bitsmith.grid import Grid, IntFormat, Quantizer, TensorSpec, fake_quantize
+from bitsmith.optimize.gptq import GptqStep, Hessian, _patches, compensation, gptq
+from bitsmith.optimize.visit import LayerVisit
+from bitsmith.place.layers import QuantLayer
 from bitsmith.ranges import weight_grid
 from bitsmith.recipe import bits_recipe
+from bitsmith.steps import BiasCorrection, FoldBatchNorm, Gptq
 
 LAYERS = {
     "linear": (nn.Linear(5, 4, bias=False), (7, 5)),
@@ -109,3 +115,57 @@ def test_a_recipe_with_gptq_loses_less_at_three_bits() -> None:
     plain = bs.quantize(net, [x], bits_recipe(3, 8))
     better = bs.quantize(net, [x], bits_recipe(3, 8, steps=("fold_batch_norm", "gptq", "bias_correction")))
     assert better.report.output_sqnr_db > plain.report.output_sqnr_db + 1
+
+
+def test_compensation_is_the_least_squares_weight_for_quantized_inputs() -> None:
+    generator = torch.Generator().manual_seed(2)
+    exact = torch.randn(6, 200, generator=generator, dtype=torch.float64)
+    quantized = exact + 0.3 * torch.randn(6, 200, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 6, generator=generator)
+    hessian, lag = (quantized @ quantized.T)[None], ((exact - quantized) @ quantized.T)[None]
+    damping = 0.01 * hessian.diagonal(dim1=1, dim2=2).mean()
+    rows = torch.cat([quantized, damping**0.5 * torch.eye(6, dtype=torch.float64)], 1)  # pulls the change to 0
+    wanted = torch.cat([weight.double() @ (exact - quantized), torch.zeros(3, 6, dtype=torch.float64)], 1)
+    expected = torch.linalg.lstsq(rows.T, wanted.T).solution.T
+    torch.testing.assert_close(compensation(weight, hessian, lag).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "grouped"])
+def test_the_logged_errors_are_those_of_the_outputs(name: str, asymmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer, shape = LAYERS[name]
+    spec = TensorSpec(format=IntFormat(3), granularity="channel")
+    wrapped = QuantLayer(copy.deepcopy(layer), Quantizer(spec))
+    weight = layer.weight.detach().clone()
+    grid = weight_grid(weight, spec)
+    wrapped.weight_quantizer.set_grid(grid)  # type: ignore[union-attr]
+    exact = [torch.randn(64, *shape[1:], generator=generator) for _ in range(2)]
+    quantized = [x + 0.2 * torch.randn(x.shape, generator=generator) for x in exact]
+
+    def squared_error(rounded: Tensor) -> float:
+        targets = exact if asymmetric else quantized
+        total = 0.0
+        for x, target in zip(quantized, targets):
+            found, wanted = (functional_call(layer, {"weight": w}, (v,)) for w, v in ((rounded, x), (weight, target)))
+            total += float((found - wanted).double().square().sum())
+        return total
+
+    step = GptqStep(Gptq(asymmetric=asymmetric))
+    before, after = step.run(LayerVisit("layer", wrapped, lambda s: iter(exact if s == "float" else quantized)))
+    assert before == pytest.approx(squared_error(fake_quantize(weight, grid)), rel=1e-3)
+    assert after == pytest.approx(squared_error(wrapped.weight.detach()), rel=1e-3)
+    assert after <= before
+
+
+def test_asymmetric_gptq_takes_back_what_the_layers_before_lost() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(32, 32), nn.ReLU())), nn.Linear(32, 8))
+    x = torch.randn(1024, 32) @ torch.randn(32, 32)
+
+    def noise(asymmetric: bool) -> float:
+        steps = FoldBatchNorm(), Gptq(asymmetric=asymmetric), BiasCorrection()
+        q = bs.quantize(net, [x[:512]], recipe=bits_recipe(4, 4, steps=steps))
+        return float((q(x[512:]) - net(x[512:])).square().mean())
+
+    assert noise(asymmetric=True) < 0.8 * noise(asymmetric=False)

@@ -6,6 +6,8 @@ done side by side: the leading axis of every tensor here is the group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class GptqStep(LayerStep):
 
     def __init__(self, options: Gptq) -> None:
         self.options = options
+        self.needs_float_inputs = options.asymmetric
 
     def refusal(self, layer: QuantLayer) -> str:
         """Why GPTQ is not defined here for a layer: it takes linears and convolutions, one scale per tensor or row."""
@@ -68,18 +71,59 @@ class GptqStep(LayerStep):
         return "" if isinstance(layer.layer, nn.Linear) else f"it is a {type(layer.layer).__name__}"
 
     def run(self, visit: LayerVisit) -> tuple[float, float]:
-        """Round the weight by the Hessian of its inputs."""
+        """Round the weight by the Hessian of its inputs, and by their errors where the step is asymmetric."""
         layer = visit.layer
         assert layer.weight_quantizer is not None
-        hessian = Hessian(layer.layer)
-        for x in visit.inputs("quantized"):
-            hessian.update(x)
         weight, grid = layer.weight.detach(), layer.weight_quantizer.require_grid()
-        rounded = gptq(weight, hessian.value, grid)
-        before = output_error(fake_quantize(weight, grid) - weight, hessian.value)
-        after = output_error(rounded - weight, hessian.value)
+        hessian = Hessian(layer.layer)
+        lag, missed = torch.zeros_like(hessian.value), 0.0
+        for x, exact in zip(visit.inputs("quantized"), self._exact_inputs(visit)):
+            hessian.update(x)
+            if exact is not None:
+                error = _patches(layer.layer, exact - x)
+                lag += (error @ _patches(layer.layer, x).mT).double()
+                missed += float((weight.reshape(len(lag), -1, lag.shape[-1]) @ error).double().square().sum())
+        h = hessian.value
+        target = weight + compensation(weight, h, lag) if self.options.asymmetric else weight
+        rounded, nearest = gptq(target, h, grid), fake_quantize(weight, grid)
+        before, after = (
+            missed + output_error(new - weight, h) - 2 * _overlap(weight, new - weight, lag)
+            for new in (nearest, rounded)
+        )
         weight.copy_(rounded)
         return before, after
+
+    def _exact_inputs(self, visit: LayerVisit) -> Iterator[Tensor | None]:
+        return visit.inputs("float") if self.options.asymmetric else repeat(None)
+
+
+def compensation(weight: Tensor, hessian: Tensor, lag: Tensor) -> Tensor:
+    """The change of weight that makes up best for quantized inputs: W L (H + damping)^-1, L = sum (x - x') x'^T.
+
+    It minimizes |W x - (W + change) x'|^2 over the inputs x and their quantized selves x'. Source: the asymmetric
+    objective of Li et al., GPTAQ (arXiv 2504.02692), here solved for all columns at once, before they are rounded.
+
+    >>> x, quantized = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[1.0, 2.0, 2.0]]).double()
+    >>> change = compensation(torch.ones(1, 1), (quantized @ quantized.T)[None], ((x - quantized) @ quantized.T)[None])
+    >>> round(float(change), 3)  # 11 / 9 would fit x best; damping holds back a hundredth
+    0.22
+    """
+    w = weight.double().reshape(len(lag), -1, lag.shape[-1])
+    solved: Tensor = torch.linalg.solve(_damped(hessian), (w @ lag).mT).mT
+    return solved.reshape(weight.shape).to(weight.dtype)
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    """H with a hundredth of its mean diagonal added, and ones for inputs that are always 0."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0  # their weights do not matter
+    return hessian + torch.diag_embed(dead + _DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(1e-12))
+
+
+def _overlap(weight: Tensor, change: Tensor, lag: Tensor) -> float:
+    """How much of the output's error from its inputs a change of the weight takes back: tr(W L dW^T)."""
+    w, d = (t.double().reshape(len(lag), -1, lag.shape[-1]) for t in (weight, change))
+    return float(((w @ lag) * d).sum())
 
 
 def output_error(change: Tensor, hessian: Tensor) -> float:
@@ -120,10 +164,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     """
     groups, columns = hessian.shape[0], hessian.shape[-1]
     w = weight.detach().double().reshape(groups, -1, columns).clone()  # (groups, rows, columns)
-    h = hessian.clone()
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0  # inputs that are always 0: their weights do not matter
-    diagonal += dead + _DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    h = _damped(hessian)
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     quantized = torch.empty_like(w)
     for start in range(0, columns, _BLOCK):
