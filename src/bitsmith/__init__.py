@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .deployment import deploy
-    from .eager import convert, prepare
+    from .eager import DeQuantStub, FloatFunctional, QuantStub, convert, fuse_modules, prepare
     from .errors import BitsmithError
     from .export import export_onnx, export_pt2
     from .flow import quantize
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BitsmithError": "errors",
     "Certificate": "verify",
+    "DeQuantStub": "eager",
+    "FloatFunctional": "eager",
     "Override": "recipe",
+    "QuantStub": "eager",
     "QuantizedModel": "model",
     "QuantizedTensor": "tensor",
     "Recipe": "recipe",
@@ -35,6 +38,7 @@ _PUBLIC = {
     "deploy": "deployment",
     "export_onnx": "export",
     "export_pt2": "export",
+    "fuse_modules": "eager",
     "get_target": "targets",
     "list_targets": "targets",
     "load": "storage",
@@ -60,6 +64,8 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":  # a folder that is public as a whole
+        return importlib.import_module(".nn", __name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bitsmith' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
@@ -68,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "errors"]
+    return [*__all__, "errors", "nn"]

@@ -57,6 +57,8 @@ def quantize(
     >>> q.report.coverage.fraction
     1.0
     """
+    from .eager import has_stubs, quantize_by_hand, with_module_recipes
+
     check_arguments(model, noise_samples)
     recipe, target = resolve(recipe, placement, overrides), get_target(target)
     samples = noise_samples or recipe.samples
@@ -68,8 +70,11 @@ def quantize(
         batches = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batches)
         example = batches[0] if example_inputs is None else read_batches(model, [example_inputs], forward)[0]
         clock.lap("read")
+        if has_stubs(model):
+            return quantize_by_hand(model, batches, recipe, target, example)
         try:
             graph = capture(model, example)
+            recipe = with_module_recipes(recipe, model, graph)
         except CaptureError as error:
             if recipe.placement != "layerwise":
                 raise

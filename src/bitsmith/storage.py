@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from .capture import capture, evaluation_mode
 from .capture.inputs import Arguments
+from .eager import BY_HAND, LayerMapping, keep_to_marks, structure
 from .errors import CheckpointError
 from .files import atomic_write, prepare_output_dir, write_text
 from .flow import channels_last
@@ -59,11 +60,13 @@ def save(q: QuantizedModel, folder: str | Path) -> Path:
     return folder
 
 
-def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
+def load(
+    folder: str | Path, model: nn.Module, *, mapping: Mapping[type[nn.Module], LayerMapping] | None = None
+) -> QuantizedModel:
     """The quantized model saved in ``folder``; ``model`` is the float model it came from, and gives the structure.
 
-    Its weights come from the folder. Raises CheckpointError where a file is missing or damaged, or where the
-    model's structure is not the one that was saved.
+    Its weights come from the folder; ``mapping`` is what ``bitsmith.prepare`` was given. Raises CheckpointError where a
+    file is missing or damaged, or where the model's structure is not the one that was saved.
 
     >>> import bitsmith as bs, tempfile
     >>> net, x = nn.Linear(4, 2), torch.randn(8, 4)
@@ -82,7 +85,10 @@ def load(folder: str | Path, model: nn.Module) -> QuantizedModel:
     except ValidationError as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
     with evaluation_mode(model):
-        graph = capture(model, _example_inputs(manifest))
+        example = _example_inputs(manifest)
+        graph = capture(structure(model, recipe, example, mapping), example)
+    if report.placement == BY_HAND:
+        keep_to_marks(graph)
     if recipe.step("fold_batch_norm"):
         fold_batch_norm(graph)
     rebuild(graph, manifest.get("structure", []))

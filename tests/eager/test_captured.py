@@ -30,7 +30,7 @@ def net() -> nn.Module:
 
 
 def images(count: int, seed: int) -> Tensor:
-    return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
 
 
 def in_steps(net: nn.Module, recipe: str, batches: list[Tensor]) -> bs.QuantizedModel:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, IntFormat, Quantizer, TensorSpec
-from ..ranges import Statistic, activation_grid, activation_statistic
+from ..ranges import Statistic, activation_grid, activation_statistic, weight_grid
 
 _INT8 = TensorSpec(format=IntFormat(8, signed=False), symmetric=False)
 
@@ -33,6 +33,7 @@ class WatchingQuantizer(Quantizer):
         super().__init__(spec or _INT8, non_negative=non_negative)
         self.carried = spec  # what the model's author wrote; None: the recipe's
         self.statistic: Statistic | None = None
+        self.batches = 0
         self.least_code: Tensor | None
         self.register_buffer("least_code", None)  # tells a signed from an unsigned grid in a state_dict
 
@@ -45,13 +46,14 @@ class WatchingQuantizer(Quantizer):
         """Forget the grid and start to watch."""
         self.scale = self.zero_point = self.least_code = None
         self.format, self.axis = self.spec.format, None
-        self.statistic = activation_statistic(self.spec)
+        self.statistic, self.batches = activation_statistic(self.spec), 0
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of values."""
         if self.statistic is None:
             raise CalibrationError("this Quantizer is not watching: call watch() first")
         self.statistic.update(x)
+        self.batches += 1
 
     def solve(self, *, non_negative: bool = False, unsigned_codes: bool = False) -> Grid:
         """The grid of what was seen; the options are those of ``bitsmith.ranges.solve_grid``."""
@@ -66,15 +68,16 @@ class WatchingQuantizer(Quantizer):
         if self.statistic is None or other.statistic is None:
             raise CalibrationError("both Quantizers must be watching to be merged")
         self.statistic = self.statistic.merge(other.statistic)
+        self.batches += other.batches
 
     def fix(self, *, unsigned_codes: bool = False) -> None:
-        """Stop watching; from here on ``forward`` quantizes."""
+        """Take the grid of what was seen."""
         self.set_grid(self.solve(unsigned_codes=unsigned_codes))
-        self.statistic = None
 
     def set_grid(self, grid: Grid) -> None:
-        """Fix the grid."""
+        """Stop watching; from here on ``forward`` quantizes."""
         super().set_grid(grid)
+        self.statistic = None
         self.least_code = torch.tensor(grid.format.qmin) if isinstance(grid.format, IntFormat) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,4 +102,47 @@ class WatchingQuantizer(Quantizer):
             zero = state_dict.get(f"{prefix}zero_point")
             device = self.scale.device if self.scale is not None else scale.device
             self.set_grid(Grid(fmt, scale.to(device), None if zero is None else zero.to(device)))
-            self.statistic = None
+
+
+class WeightQuantizer(Quantizer):
+    """The Quantizer of a parameter: its grid follows the parameter as training moves it, once it is ``enabled``.
+
+    Source: Jacob et al., Quantization and Training of Neural Networks (arXiv 1712.05877), section 3.1: weight ranges
+    are those of the weights themselves.
+
+    >>> quantizer = WeightQuantizer(TensorSpec(format=IntFormat(8)))
+    >>> quantizer.enabled = True
+    >>> quantizer(torch.tensor([1.27, 0.014]))
+    tensor([1.2700, 0.0100])
+    """
+
+    of_parameter = True
+
+    def __init__(self, spec: TensorSpec | None = None, axis: int = 0) -> None:
+        super().__init__(spec or _INT8)
+        self.carried = spec
+        self.along = axis
+        self.enabled = False
+        self._seen: tuple[int, int] | None = None
+
+    def assign(self, spec: TensorSpec) -> None:
+        """Take the recipe's spec, unless the layer carries its own."""
+        self.spec = self.carried or spec
+        self.format, self._seen = self.spec.format, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The parameter on its grid, with a straight-through gradient; in float until ``enabled``."""
+        if not self.enabled:
+            return x
+        version = None if x.is_inference() else (x.data_ptr(), x._version)
+        if self.scale is None or version is None or version != self._seen:
+            self.set_grid(weight_grid(x.detach(), self.spec, self.along))
+            self._seen = version
+        return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The grid is made of the parameter, which the same state_dict brings: only whether there was one matters."""
+        self._seen = None
+        if f"{prefix}scale" in state_dict:
+            self.enabled, self.scale = True, state_dict[f"{prefix}scale"]
+            self.zero_point = state_dict.get(f"{prefix}zero_point")

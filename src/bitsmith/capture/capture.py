@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..errors import CaptureError, DataError, NonFiniteError
 from .exported import export_graph
 from .inputs import Arguments, sample_count, tensors_of
+from .marks import handwritten, marking
 from .normalize import normalize
 from .traced import trace_graph
 
@@ -53,7 +54,7 @@ def capture(model: nn.Module, arguments: Arguments | Any) -> fx.GraphModule:
     while type(model).__name__ in _WRAPPERS:
         model = getattr(model, _WRAPPERS[type(model).__name__])
     check_finite(model)
-    with evaluation_mode(model):
+    with evaluation_mode(model), marking(model):
         attempts = ((export_graph, True), (trace_graph, True), (export_graph, False))
         failures: list[Exception] = []
         for attempt, dynamic in attempts:
@@ -64,6 +65,7 @@ def capture(model: nn.Module, arguments: Arguments | Any) -> fx.GraphModule:
                 failures.append(error)
             else:
                 _note_fixed_batch(graph)
+                graph.meta["handwritten"] = handwritten(model)
                 return graph
         _check_runs(model, arguments)
     raise CaptureError(_explain(model, failures)) from failures[0]

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from ..capture.marks import Handwritten, Marks, take_marks
 from ..capture.ops import layer_of, op_of, quantizer_of
 from ..errors import PlacementError, UnsupportedOperatorError
 from ..grid import FloatFormat, Quantizer, TensorSpec
@@ -17,7 +18,7 @@ from ..recipe import Override, Recipe
 from ..targets import Target
 from .layers import QuantLayer
 from .macs import macs_of
-from .plan import POLICIES, Plan, Planner, Policy, is_non_negative, operands, origin
+from .plan import POLICIES, Plan, Planner, Policy, carrying, is_non_negative, operands, origin, plan_marks
 
 Position = Literal["first", "middle", "last", "only"]
 
@@ -32,11 +33,13 @@ class ScaleGroup:
 
 @dataclass
 class Placed:
-    """What ``place`` did: the nodes of quantized layers and the groups of shared scales."""
+    """What ``place`` did: the nodes of quantized layers, the groups of shared scales, and by the name of each mark
+    that the model's author left the Quantizers that stand for it."""
 
     layers: list[fx.Node] = field(default_factory=list)
     groups: list[ScaleGroup] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    marks: dict[str, list[Quantizer]] = field(default_factory=dict)
 
 
 def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
@@ -49,18 +52,25 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     compute = [node for node in graph.graph.nodes if op_of(node).role == "compute"]
     overrides = _match_overrides(compute, recipe)
     excluded = {node for node, matched in overrides.items() if any(o.exclude for o in matched)}
-    plan = Planner(graph, _policy(recipe, target), target, excluded).plan()
+    hand, marks = graph.meta.get("handwritten", Handwritten()), take_marks(graph)
+    if hand.alone:
+        plan = plan_marks(graph, hand, marks)
+    else:
+        plan = Planner(graph, _policy(recipe, target), target, excluded).plan()
+        plan.values.update(dict.fromkeys(map(origin, marks.values)))
+        plan.layers += carrying(graph, hand, {"embedding"})  # without a spec they are left in float
+    overrides = {node: [*matched, *_carried(node, hand, marks)] for node, matched in overrides.items()}
     _check_plan(graph, plan, compute, recipe)
-    specs = _activation_specs(plan, overrides, recipe)
+    specs = _activation_specs(plan, overrides, recipe, hand, marks)
     values = _insert_values(graph, plan, specs) if recipe.activations else {}
     if recipe.activations:
         _insert_edges(graph, plan, specs)
         _repeat_after_moves(graph)
     for node in plan.layers:
         if node.op == "call_module":
-            _wrap_layer(graph, node, overrides[node], recipe)
+            _wrap_layer(graph, node, overrides.get(node) or _carried(node, hand, marks), recipe)
     graph.recompile()
-    placed = Placed(layers=plan.layers, groups=_merge_groups(plan, values))
+    placed = Placed(layers=plan.layers, groups=_merge_groups(plan, values), marks=_marked(marks, values))
     floats = sorted({str(n.target) for n in graph.graph.nodes if op_of(n).name == "recurrent"})
     if floats:
         placed.notes.append(f"runs in float (no static integer form): {', '.join(floats)}")
@@ -131,8 +141,29 @@ def _check_plan(graph: fx.GraphModule, plan: Plan, compute: list[fx.Node], recip
         )
 
 
+def _carried(node: fx.Node, hand: Handwritten, marks: Marks) -> list[Override]:
+    """What the layer's author wrote about it, as an override."""
+    weights, bias = hand.of_layer(layer_name(node)) or (None, None)
+    inputs = [hand.values[name] for (_, consumer), name in marks.edges.items() if consumer is node]
+    activations = next((spec for spec in inputs if spec is not None), None)
+    if not (weights or bias or activations):
+        return []
+    return [Override(match=layer_name(node), weights=weights, bias=bias, activations=activations)]
+
+
+def _marked(marks: Marks, values: dict[fx.Node, Quantizer]) -> dict[str, list[Quantizer]]:
+    """The Quantizers that stand for each mark."""
+    found: dict[str, list[Quantizer]] = {}
+    for node, name in marks.values.items():
+        found.setdefault(name, []).extend([values[node]] if node in values else [])
+    for (_, consumer), name in marks.edges.items():
+        quantizer = quantizer_of(operands(consumer)[0])
+        found.setdefault(name, []).extend([quantizer] if quantizer is not None else [])
+    return found
+
+
 def _activation_specs(
-    plan: Plan, overrides: dict[fx.Node, list[Override]], recipe: Recipe
+    plan: Plan, overrides: dict[fx.Node, list[Override]], recipe: Recipe, hand: Handwritten, marks: Marks
 ) -> dict[tuple[fx.Node, fx.Node | None], TensorSpec]:
     """The spec of each quantized value or edge; a layer's override holds for what it reads."""
     assert recipe.activations or recipe.weights
@@ -141,8 +172,11 @@ def _activation_specs(
         return specs
     specs.update({(node, None): recipe.activations for node in plan.values})
     specs.update(dict.fromkeys(plan.edges, recipe.activations))
+    for node, name in marks.values.items():
+        if (spec := hand.values[name]) is not None:
+            specs[node if hand.alone else origin(node), None] = spec
     for node in plan.layers:
-        for override in overrides[node]:
+        for override in overrides.get(node, ()):
             if override.activations is None:
                 continue
             for source in operands(node):
@@ -218,7 +252,7 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
         weights, bias = override.weights or weights, override.bias or bias
     module = graph.get_submodule(str(node.target))
     layer = module.layer if isinstance(module, QuantLayer) else module
-    if recipe.step("bias_correction") and getattr(layer, "bias", None) is None:
+    if recipe.step("bias_correction") and op_of(node).role == "compute" and getattr(layer, "bias", None) is None:
         layer.bias = nn.Parameter(torch.zeros(_channels(layer)), requires_grad=False)
     weight_quantizer = Quantizer(weights) if weights else None
     quantized_input = quantizer_of(node.args[0]) is not None and weights is not None

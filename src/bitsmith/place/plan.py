@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ..capture.marks import Handwritten, Marks
 from ..capture.ops import Op, op_of
 from ..targets import Target
 
@@ -150,6 +151,36 @@ class Planner:
         for source in output.all_input_nodes:
             if source.op != "get_attr" and op_of(origin(source)).name != "embedding":
                 plan.values.setdefault(origin(source))
+
+
+def plan_marks(graph: fx.GraphModule, hand: Handwritten, marks: Marks) -> Plan:
+    """Quantizers where the model's author put them, and nowhere else.
+
+    A ReLU or a pooling between them keeps the grid of what it reads.
+    """
+    for node in graph.graph.nodes:
+        op = op_of(node)
+        if op.name not in ("relu", "avg_pool", "global_avg_pool") or node in marks.values:
+            continue
+        source = origin(operands(node)[0])
+        if (name := marks.values.get(source)) is not None:
+            marks.values[node] = name
+            if op.name == "relu" and len(source.users) == 1:
+                del marks.values[source]  # the clipping is that of the grid
+    plan = Plan(values=dict.fromkeys(marks.values))
+    plan.edges = [edge for edge in marks.edges if origin(edge[0]) not in plan.values and edge[0] not in plan.values]
+    for node in graph.graph.nodes:
+        if op_of(node).name == "matmul" and all(origin(source) in plan.values for source in operands(node)):
+            plan.layers.append(node)
+    plan.layers += carrying(graph, hand, {"conv", "conv_transpose", "linear", "embedding"})
+    return plan
+
+
+def carrying(graph: fx.GraphModule, hand: Handwritten, operators: set[str]) -> list[fx.Node]:
+    """Layers that carry a spec of their own."""
+    layers = [node for node in graph.graph.nodes if node.op == "call_module" and op_of(node).name in operators]
+    specs = {node: hand.of_layer(str(node.target)) for node in layers}
+    return [node for node, found in specs.items() if found is not None and found.weights is not None]
 
 
 def is_non_negative(node: fx.Node, memo: dict[fx.Node, bool] | None = None) -> bool:

@@ -64,12 +64,8 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> 
     layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
-def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
-    """Layer, then norm: W' = scale * W, b' = scale * b + offset over output channels."""
-    source = _layer_before(node)
-    if source is None:
-        return None
-    layer = _own_layer(graph, source)
+def fold_into(layer: Any, norm: nn.Module) -> None:
+    """Change a layer, in place, so that it computes what layer and norm compute one after the other."""
     scale, offset = _affine(norm)
     weight = layer.weight.double()
     if isinstance(layer, _CONV_TRANSPOSE):  # (in, out / groups, *kernel)
@@ -79,6 +75,14 @@ def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | 
         weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
     bias = offset if layer.bias is None else layer.bias.double() * scale + offset
     _set(layer, weight, bias, layer.weight.dtype)
+
+
+def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
+    """Layer, then norm: W' = scale * W, b' = scale * b + offset over output channels."""
+    source = _layer_before(node)
+    if source is None:
+        return None
+    fold_into(_own_layer(graph, source), norm)
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     graph.graph.erase_node(node)
     return str(source.target)
