@@ -52,6 +52,15 @@ class EqualizeActivations(_Step):
     )
 
 
+class SplitChannels(_Step):
+    """Outlier channel splitting (arXiv 1901.09504): channels with large weights become two with half of them each."""
+
+    stage: ClassVar[Stage] = "prepare"
+    name: Literal["split_channels"] = "split_channels"
+    ratio: float = Field(default=0.02, gt=0.0, le=1.0, description="share of the channels that is split, rounded up")
+    side: Literal["input", "output"] = Field(default="input", description="whose weights are halved")
+
+
 class Gptq(_Step):
     """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error.
 
@@ -71,7 +80,9 @@ class BiasCorrection(_Step):
     name: Literal["bias_correction"] = "bias_correction"
 
 
-Step = Annotated[FoldBatchNorm | Equalize | EqualizeActivations | Gptq | BiasCorrection, Field(discriminator="name")]
+Step = Annotated[
+    FoldBatchNorm | Equalize | EqualizeActivations | SplitChannels | Gptq | BiasCorrection, Field(discriminator="name")
+]
 
 _ORDER: tuple[Stage, ...] = ("prepare", "weights", "bias")
 

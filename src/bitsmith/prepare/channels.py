@@ -111,6 +111,18 @@ class ChannelFlow(fx.Interpreter):
             found = _spread(torch.zeros(1, dtype=torch.long), value, 0)
         return found
 
+    def nodes_on(self, roots: Tensor) -> list[fx.Node]:
+        """The nodes that read or give some of these channels, layers included."""
+        found = []
+        for node in self._channels:
+            sources = [node, *node.all_input_nodes]
+            values = [v for s in sources for v in torch.utils._pytree.tree_leaves(self._channels.get(s))]
+            if any(
+                isinstance(v, Tensor) and bool(torch.isin(self.roots[torch.unique(v)], roots).any()) for v in values
+            ):
+                found.append(node)
+        return found
+
     # Rules
 
     def _through_layer(self, n: fx.Node, value: Tensor) -> Tensor | None:

@@ -14,12 +14,14 @@ from ..recipe import Recipe
 from .equalize import equalize
 from .equalize_activations import equalize_activations
 from .fold_batch_norm import fold_batch_norm
+from .split_channels import split_channels
 
 Judge = Callable[[fx.GraphModule], float]  # signal to noise ratio at the outputs once quantized, in dB
 
 _REWRITES: dict[str, Callable[[fx.GraphModule, list[Arguments], Any, Recipe], str]] = {
     "equalize": equalize,
     "equalize_activations": equalize_activations,
+    "split_channels": split_channels,
 }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ..capture.ops import layer_of
 
@@ -14,7 +16,7 @@ def insert_scale(graph: fx.GraphModule, layer: str, scale: Tensor) -> None:
     """Multiply what ``layer`` reads by ``scale``, one factor per channel; ``layer`` is called once."""
     node = next(n for n in graph.graph.nodes if n.op == "call_module" and n.target == layer)
     source = node.args[0]
-    axis = -1 if isinstance(layer_of(node), torch.nn.Linear) else 1
+    axis = -1 if isinstance(layer_of(node), nn.Linear) else 1
     rank = source.meta["val"].ndim
     shape = [1] * rank
     shape[axis] = -1
@@ -30,7 +32,33 @@ def insert_scale(graph: fx.GraphModule, layer: str, scale: Tensor) -> None:
     graph.meta.setdefault("structure", []).append({"insert_scale": layer, "channels": scale.numel()})
 
 
+def resize(graph: fx.GraphModule, layer: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer parameters of other shapes; call ``propagate_shapes`` when all layers have theirs."""
+    module: Any = graph.get_submodule(layer)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    features = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("out_channels", "in_channels")
+    for name, size in zip(features, weight.shape):
+        setattr(module, name, size)
+    shapes = {"weight": list(weight.shape), "bias": None if bias is None else list(bias.shape)}
+    graph.meta.setdefault("structure", []).append({"resize": layer, **shapes})
+
+
+def propagate_shapes(graph: fx.GraphModule) -> None:
+    """Bring the example values of all nodes up to date with the layers."""
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    if modes:
+        FakeTensorProp(graph, modes[0]).propagate_dont_convert_inputs(*inputs)
+
+
 def rebuild(graph: fx.GraphModule, changes: list[dict[str, Any]]) -> None:
     """Make the changes of a saved model to a freshly captured graph; their values are loaded afterwards."""
     for change in changes:
-        insert_scale(graph, change["insert_scale"], torch.ones(int(change["channels"])))
+        if "insert_scale" in change:
+            insert_scale(graph, change["insert_scale"], torch.ones(int(change["channels"])))
+        else:
+            bias = None if change["bias"] is None else torch.zeros(change["bias"])
+            resize(graph, change["resize"], torch.zeros(change["weight"]), bias)
+    if any("resize" in change for change in changes):
+        propagate_shapes(graph)
