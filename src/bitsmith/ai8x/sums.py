@@ -44,8 +44,11 @@ def mean(values: Array) -> Any:
 
 
 def standard_deviation(values: Array) -> Any:
-    """The unbiased standard deviation (n - 1), formed in float64 and rounded once."""
-    return values.dtype.type(np.std(values.astype(np.float64), ddof=1))
+    """The unbiased standard deviation (n - 1) around `mean`: squares are added one by one in float64."""
+    distances = values.reshape(-1).astype(np.float64) - np.float64(mean(values))
+    squares = np.cumsum(distances * distances)[-1]  # cumsum adds in order, where sum forms pairs
+    with np.errstate(all="ignore"):  # one value has none: NaN, as PyTorch says
+        return values.dtype.type(np.sqrt(squares / np.float64(values.size - 1)))
 
 
 def _cascade(rows: Array) -> Array:

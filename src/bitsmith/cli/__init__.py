@@ -22,10 +22,10 @@ sys.modules[__name__].__class__ = _Package
 
 def main() -> None:
     """Run the command line."""
-    if sys.argv[1:2] == ["ai8x"]:  # it needs none of what the other commands import, and takes a fraction of the time
-        from ..ai8x.command import main as ai8x
+    if sys.argv[1:2] in (["ai8x"], ["ai8x-inspect"]):  # without the imports of the other commands: a tenth of the time
+        from .ai8x import run
 
-        sys.exit(ai8x(sys.argv[2:]))
+        sys.exit(run(sys.argv[1], sys.argv[2:]))
     from .app import app
 
     app()

@@ -11,6 +11,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ..errors import BitsmithError
+from .ai8x import run
 
 FAILED = 1
 NOT_CERTIFIED = 3
@@ -45,9 +46,16 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+def _pass_on(command: str, text: str) -> None:
+    """Add a command that parses its arguments itself: reached only through `app`, since `main` is faster."""
 
+    @app.command(command, help=text, add_help_option=False, context_settings=_UNPARSED)
+    def call(context: typer.Context) -> None:
+        raise typer.Exit(run(command, context.args))
+
+
+_UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True}
+_pass_on("ai8x", "Quantize a checkpoint of ai8x-training for MAX78000 or MAX78002.")
+_pass_on("ai8x-inspect", "Show and check a checkpoint that is quantized for MAX78000 or MAX78002.")
 
 from . import demo, inspect, quantize  # noqa: E402, F401  (they register their commands on app)
