@@ -40,6 +40,10 @@ class Unusual(Exception):
     """The file, or the value to be written, has something that this module does not handle."""
 
 
+class Damaged(Exception):
+    """A part of the file has another checksum than when it was written, which PyTorch would not notice."""
+
+
 @dataclass(frozen=True)
 class Name:
     """A class that a file mentions; it is never imported."""
@@ -75,7 +79,7 @@ class StoredTensor:
 
 
 def read_archive(data: bytes) -> Any:
-    """The object in the PyTorch file ``data``, with its tensors as `StoredTensor`. Raises Unusual."""
+    """The object in the PyTorch file ``data``, with its tensors as `StoredTensor`. Raises Unusual, Damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             names = {entry.filename: entry for entry in file.infolist()}
@@ -84,9 +88,11 @@ def read_archive(data: bytes) -> Any:
                 raise Unusual("compressed entries")
             if f"{root}byteorder" in names and file.read(f"{root}byteorder") != b"little":
                 raise Unusual("not little-endian")
+            if (part := file.testzip()) is not None:
+                raise Damaged(part)
             pickled = file.read(f"{root}data.pkl")
             return _Reader(pickled, lambda key: file.read(f"{root}data/{key}")).load()
-    except Unusual:
+    except (Unusual, Damaged):
         raise
     # Damaged bytes fail in many ways; which one does not matter, since torch.load then says what is wrong.
     except Exception as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from ..files import atomic_write
-from .archive import StoredTensor, Unusual, read_archive, write_archive
+from .archive import Damaged, StoredTensor, Unusual, read_archive, write_archive
 
 if TYPE_CHECKING:
     pass
@@ -45,6 +45,11 @@ def read_stored(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _mapping(read_archive(file.read_bytes()), file)
     except Unusual:
         return read_checkpoint(file)
+    except Damaged as error:
+        raise CheckpointError(
+            f"the checkpoint {str(file)!r} is corrupt: the checksum of {error} is wrong. Copy or download it again "
+            "(if it was saved with compute_crc32=False, save it with checksums)"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"the checkpoint {str(file)!r} cannot be read: {error.strerror}") from error
 

@@ -178,7 +178,7 @@ class _LayerReader:
         if not np.isfinite(values).all():
             self.found.errors.append(f"{key} holds NaN or infinity")
             values = np.nan_to_num(values, posinf=0, neginf=0)
-        whole = np.clip(np.trunc(values), -(2**62), 2**62).astype(np.int64)
+        whole: NDArray[np.int64] = np.clip(np.trunc(values), -(2**62), 2**62).astype(np.int64)
         if (whole != values).any():
             self.found.not_integers.append(key)
         return whole

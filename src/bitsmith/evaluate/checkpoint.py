@@ -99,11 +99,18 @@ def _holds_code(file: Path, name: str) -> CheckpointError:
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
-    hint = "" if file.suffix == ".safetensors" or zipfile.is_zipfile(file) else " (not a whole zip archive)"
+    hint = "" if file.suffix == ".safetensors" or _is_zip(file) else " (not a whole zip archive)"
     return CheckpointError(
         f"{str(file)!r}, {file.stat().st_size:,} bytes, is corrupt, cut short or no {kind} file{hint}: "
         f"{reason}. Copy or download it again"
     )
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # raised, not answered, for some damaged ends of archives
+        return False
 
 
 def _state_dict(loaded: Any, file: Path) -> dict[str, Tensor]:
