@@ -86,7 +86,7 @@ def quantize(
     clock.lap("capture")
     notes = [_TRAIN_MODE] if was_training else []
     notes += graph.meta.get("notes", [])
-    graph, prepared = prepare(graph, recipe, batches, partial(_output_sqnr, batches, recipe, target))
+    graph, prepared = prepare(graph, recipe, batches, partial(output_sqnr, batches, recipe, target))
     notes += prepared
     clock.lap("prepare")
     placed = place(graph, recipe, target)
@@ -100,7 +100,7 @@ def quantize(
     return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))
 
 
-def _output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
+def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
     """Signal to noise at the outputs of a graph, in dB, from a short walk with a copy of it."""
     trial = copy.deepcopy(graph)
     steps = tuple(step for step in recipe.steps if step.stage == "bias")

@@ -123,7 +123,7 @@ def test_a_forgotten_stub_is_told_by_the_name_of_the_module() -> None:
         bs.prepare(make(stub=False), "int8", BATCHES[0])
     net = make()
     net.block.recipe = net.pool.recipe = None
-    with pytest.raises(PlacementError, match=r"'head' .* comes from relu\(\) in 'block.skip'"):
+    with pytest.raises(PlacementError, match=r"'head' .* comes from add\(\) in 'block.skip'"):
         bs.prepare(net, "int8", BATCHES[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from ..calibrate.watching import WatchingQuantizer
 from ..capture import ForwardFunction, capture, evaluation_mode, read_batches
 from ..capture.ops import op_of
 from ..errors import CaptureError, DataError
-from ..flow import channels_last, check_arguments, resolve
+from ..flow import channels_last, check_arguments, output_sqnr, resolve
 from ..model import QuantizedModel
 from ..nn import QuantModule
 from ..place.place import layer_name, place
-from ..prepare import fold_batch_norm
+from ..prepare.prepare import prepare as rewrite
 from ..recipe import Override, PlacementName, Recipe, load_recipe
 from ..targets import Target, get_target
 from .captured import PreparedGraph
@@ -70,7 +71,10 @@ def prepare(
             ) from error
     recipe = with_module_recipes(recipe, model, graph)
     notes = list(graph.meta.get("notes", []))
-    notes += fold_batch_norm(graph) if recipe.step("fold_batch_norm") else []
+    graph, done = rewrite(graph, recipe, [example], partial(output_sqnr, [example], recipe, target))
+    notes += done
+    if any(step.stage == "prepare" and step.name != "fold_batch_norm" for step in recipe.steps):
+        notes.append("equalization was measured on the example inputs, since no other batch had been run yet")
     placed = place(graph, recipe, target)
     channels_last(graph)
     return PreparedGraph(
