@@ -1,6 +1,9 @@
 """Choices that the named recipes rest on, made on images that neither calibrate nor judge.
 
-    python -m benchmarks.validation [--recipes int8 fp8] [--nets resnet20 resnet32] [--samples N] [--csv FILE]
+    python -m benchmarks.validation [--recipes int8 fp8] [--nets resnet20 resnet32] [--variants "as it is" ...]
+                                    [--samples N] [--csv FILE]
+
+The CSV file is added to, so that a table can be made in several runs.
 
 CIFAR-10's first 1,000 training images calibrate; the next ``--samples`` of them validate; the test images are not
 touched. The nets were trained on the validation images, so what counts is agreement with the float model: of the
@@ -75,7 +78,7 @@ def measure(q: bs.QuantizedModel, exact: Tensor, batches: data.Batches) -> dict[
     }
 
 
-def rows(net: str, names: list[str], samples: int) -> Any:
+def rows(net: str, names: list[str], wanted: list[str] | None, samples: int) -> Any:
     """Every variant of the recipes on one net, under the placements ``fx`` and ``layerwise``."""
     model, calibration, _, _ = nets.load(net)
     images, labels = data.cifar10("train")
@@ -85,6 +88,8 @@ def rows(net: str, names: list[str], samples: int) -> Any:
     for name in names:
         for placement in ("fx", "layerwise"):
             for variant, (recipe, noise_samples) in variants(name).items():
+                if wanted and variant not in wanted:
+                    continue
                 q = bs.quantize(model, calibration, recipe, placement=placement, noise_samples=noise_samples)
                 yield {
                     "net": net, "recipe": name, "placement": placement, "variant": variant,
@@ -98,20 +103,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8"])
     parser.add_argument("--nets", nargs="+", default=["resnet20", "resnet32"], choices=["resnet20", "resnet32"])
+    parser.add_argument("--variants", nargs="+")
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    table = []
     for net in options.nets:
-        for row in rows(net, options.recipes, options.samples):
-            table.append(row)
+        for row in rows(net, options.recipes, options.variants, options.samples):
             print(f"{net:10}{row['recipe']:6}{row['placement']:11}{row['variant']:24}{row['agreement']:8.2f} %"
                   f"{row['kl_millinats']:9.3f} mnat{row['output_sqnr_db']:7.2f} dB", flush=True)  # fmt: skip
-    if options.csv:
-        with options.csv.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, FIELDS)
+            if options.csv:
+                append(options.csv, row)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file, which begins with the names of the columns."""
+    new = not path.exists()
+    with path.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
+        if new:
             writer.writeheader()
-            writer.writerows(table)
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
