@@ -80,8 +80,16 @@ class BiasCorrection(_Step):
     name: Literal["bias_correction"] = "bias_correction"
 
 
+class ReestimateBatchNorm(_Step):
+    """Give every output channel its float mean and variance back: batch-norm statistics after quantization."""
+
+    stage: ClassVar[Stage] = "bias"
+    name: Literal["reestimate_batch_norm"] = "reestimate_batch_norm"
+
+
 Step = Annotated[
-    FoldBatchNorm | Equalize | EqualizeActivations | SplitChannels | Gptq | BiasCorrection, Field(discriminator="name")
+    FoldBatchNorm | Equalize | EqualizeActivations | SplitChannels | Gptq | BiasCorrection | ReestimateBatchNorm,
+    Field(discriminator="name"),
 ]
 
 _ORDER: tuple[Stage, ...] = ("prepare", "weights", "bias")
@@ -115,6 +123,7 @@ def check_steps(steps: tuple[_Step, ...]) -> None:
     if [step.stage for step in steps] != sorted((step.stage for step in steps), key=_ORDER.index):
         ordered = sorted(steps, key=lambda step: _ORDER.index(step.stage))
         raise ValueError(f"steps run in this order, list them so: {', '.join(step.name for step in ordered)}")
-    rounding = [step.name for step in steps if step.stage == "weights"]
-    if len(rounding) > 1:
-        raise ValueError(f"{' and '.join(rounding)} each round the weights: keep one of them")
+    for stage, does in (("weights", "round the weights"), ("bias", "correct the mean")):
+        same = [step.name for step in steps if step.stage == stage]
+        if len(same) > 1:
+            raise ValueError(f"{' and '.join(same)} each {does}: keep one of them")

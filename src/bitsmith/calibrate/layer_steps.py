@@ -6,16 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from ..optimize import layer_step
+from ..optimize import batch_norm, layer_step
+from ..optimize.batch_norm import ChannelMoments
 from ..optimize.bias_correction import ChannelMean, correct_bias
 from ..optimize.visit import LayerStep, LayerVisit, StepLog, Stream
 from ..place.layers import QuantLayer
 from ..place.place import layer_name
 from ..steps import Step
+from .bias import set_bias_grid
 from .stages import Stage
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ class LayerSteps:
         self.walk = walk
         self.rounding: list[LayerStep] = [layer_step(step) for step in steps if step.stage == "weights"]
         self.calls = Counter(id(s.layer.layer) for s in walk.stages if s.layer is not None)
-        self.means = self._output_means() if any(step.name == "bias_correction" for step in steps) else {}
         self.log: list[StepLog] = []
+        self.correction = next((step.name for step in steps if step.stage == "bias"), None)
+        self.means = self._output_means() if self.correction else {}
 
     @property
     def needs_float_inputs(self) -> bool:
@@ -41,15 +44,16 @@ class LayerSteps:
         """Whether another call reads the same parameters: they must not be changed for what one call sees."""
         return self.calls[id(layer.layer)] > 1
 
-    def _output_means(self) -> dict[fx.Node, dict[str, ChannelMean]]:
-        """For each layer with a bias of its own the means of both streams at its output."""
+    def _output_means(self) -> dict[fx.Node, dict[str, Any]]:
+        """For each layer with a bias of its own the means (and variances) of both streams at its output."""
+        kind = ChannelMoments if self.correction == "reestimate_batch_norm" else ChannelMean
         layers = {s.compute: s.layer for s in self.walk.stages if s.compute is not None and s.layer is not None}
         axes = {
             node: -1 if isinstance(layer.layer, nn.Linear) else 1
             for node, layer in layers.items()
             if layer.bias is not None and not self._is_shared(layer)
         }
-        return {node: {"float": ChannelMean(axis), "quantized": ChannelMean(axis)} for node, axis in axes.items()}
+        return {node: {"float": kind(axis), "quantized": kind(axis)} for node, axis in axes.items()}
 
     def observe(self, node: fx.Node, stream: str, value: Tensor) -> None:
         """Take the mean of a layer's output, where its bias will be corrected."""
@@ -98,8 +102,22 @@ class LayerSteps:
         for chunk in range(walk.quantized_chunks):
             value = walk.run_nodes("quantized", head, walk.inputs("quantized", stage, chunk), chunk)
             walk.store.put(("output", node.name, chunk), value)
-        shift = correct_bias(layer.layer, means["float"], means["quantized"])
-        shift = shift if means["float"].axis == -1 else shift.view(-1, *[1] * (value.ndim - 2))
+        gain, shift = self._correct(node, layer)
+        shape = (-1,) if means["float"].axis == -1 else (-1, *[1] * (value.ndim - 2))
         for chunk in range(walk.quantized_chunks):
-            walk.store.put(("output", node.name, chunk), walk.store.get(("output", node.name, chunk)) + shift)
+            output = walk.store.get(("output", node.name, chunk))
+            output = output + shift.view(shape) if gain is None else output * gain.view(shape) + shift.view(shape)
+            walk.store.put(("output", node.name, chunk), output)
         return True
+
+    def _correct(self, node: fx.Node, layer: QuantLayer) -> tuple[Tensor | None, Tensor]:
+        """Change a layer's bias, and under re-estimation its gain; returns what its outputs change by."""
+        exact, quantized = self.means[node]["float"], self.means[node]["quantized"]
+        if self.correction == "reestimate_batch_norm":
+            log = StepLog("reestimate_batch_norm", layer_name(node), skipped=batch_norm.refusal(layer))
+            self.log.append(log)
+            if not log.skipped:
+                gain, shift = batch_norm.match_moments(layer, exact, quantized)
+                set_bias_grid(layer, node)
+                return gain, shift
+        return None, correct_bias(layer.layer, exact, quantized)

@@ -252,7 +252,11 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
         weights, bias = override.weights or weights, override.bias or bias
     module = graph.get_submodule(str(node.target))
     layer = module.layer if isinstance(module, QuantLayer) else module
-    if recipe.step("bias_correction") and op_of(node).role == "compute" and getattr(layer, "bias", None) is None:
+    if (
+        any(step.stage == "bias" for step in recipe.steps)
+        and op_of(node).role == "compute"
+        and getattr(layer, "bias", None) is None
+    ):
         layer.bias = nn.Parameter(torch.zeros(_channels(layer)), requires_grad=False)
     weight_quantizer = Quantizer(weights) if weights else None
     quantized_input = quantizer_of(node.args[0]) is not None and weights is not None
