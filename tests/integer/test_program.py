@@ -254,3 +254,33 @@ def test_wide_layers_run_in_float64_and_agree() -> None:
         warnings.simplefilter("error")
         q = bs.quantize(net, [x], recipe="int8-tensor")
         assert_carriers_agree(q, x)
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape"),
+    [
+        (nn.AvgPool2d(3, 2), (5, 9, 9)),
+        (nn.AdaptiveAvgPool2d(1), (5, 9, 9)),
+        (nn.AvgPool3d(2), (2, 5, 4, 4, 4)),
+        (nn.AdaptiveAvgPool3d(1), (2, 5, 4, 4, 4)),
+        (nn.AvgPool1d(3, 2, 1), (2, 5, 9)),
+        (nn.AdaptiveAvgPool1d(1), (2, 5, 9)),
+        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), (2, 5, 9, 9)),
+        (nn.AdaptiveAvgPool2d((3, 1)), (2, 5, 9, 9)),
+    ],
+    ids=str,
+)
+def test_float_pools_are_torchs_up_to_rounding(pool: nn.Module, shape: tuple[int, ...]) -> None:
+    """With and without a batch axis, in every rank: only the order of summation may differ."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.head = pool, nn.Linear(shape[-1], 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.pool(x.tanh()), self.head(x)
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = bs.quantize(Pooled().eval(), [x], placement="layerwise")
+    torch.testing.assert_close(q(x)[0], pool(x.tanh()), rtol=1e-6, atol=1e-6)

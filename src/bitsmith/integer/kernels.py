@@ -183,6 +183,16 @@ def _matmul(node: fx.Node, inputs: list[Grid], output: Grid | None, carrier: Car
     return run
 
 
+def sums_in_known_order(node: fx.Node) -> bool:
+    """Whether ``float_pool`` is the runtime's law for an average pool: over batches of one or two spatial axes.
+
+    Not straight behind an input or a max pool, where onnxruntime puts channels into blocks first.
+    """
+    source, name = operands(node)[0], aten_name(node)
+    batched = source.meta["val"].ndim == {"1d": 3, "2d": 4}.get("2d" if name == "mean" else name[-2:])
+    return batched and source.op != "placeholder" and op_of(source).name != "max_pool"
+
+
 def float_pool(node: fx.Node) -> Callable[[Tensor], Tensor]:
     """An average pool of real numbers, summed in the runtime's order."""
     if op_of(node).name == "avg_pool":

@@ -23,7 +23,7 @@ from ..place.plan import clamp_bounds, fused_end, operands
 from ..targets import Target
 from . import laws
 from .accumulate import Carrier
-from .kernels import Kernel, build_kernel, float_pool, multiplies_on_codes
+from .kernels import Kernel, build_kernel, float_pool, multiplies_on_codes, sums_in_known_order
 
 EXACT_FLOAT = "exact float"  # computed in float by the runtime, in a way that is known to the bit
 _ELEMENTWISE = {"add", "mul", "cat", "relu", "clamp"}  # IEEE 754 leaves them no freedom
@@ -207,11 +207,9 @@ class Program:
     def _float_step(self, node: fx.Node) -> Step:
         """An operator that the runtime computes in float; exact where we know in which order, or order is no matter."""
         name = op_of(node).name
-        if self.target.exact and name in ("avg_pool", "global_avg_pool"):
+        if self.target.exact and name in ("avg_pool", "global_avg_pool") and sums_in_known_order(node):
             pool, source = float_pool(node), operands(node)[0]
-            reordered = source.op == "placeholder" or op_of(source).name == "max_pool"  # to blocks of channels
-            kernel = "float" if reordered else EXACT_FLOAT
-            return Step(node, lambda env: pool(self.real(source, env)), kernel=kernel)
+            return Step(node, lambda env: pool(self.real(source, env)), kernel=EXACT_FLOAT)
         exact = self.target.exact and name in _ELEMENTWISE and node.kwargs.get("alpha", 1) == 1
         return Step(node, lambda env: self._call(node, env, codes=False), kernel=EXACT_FLOAT if exact else "float")
 
