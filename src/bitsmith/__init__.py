@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .deployment import deploy
     from .eager import DeQuantStub, FloatFunctional, QuantStub, convert, fuse_modules, prepare
     from .errors import BitsmithError
-    from .export import export_onnx, export_pt2
+    from .export import export_ai8x, export_onnx, export_pt2
     from .flow import quantize
     from .model import QuantizedModel
     from .recipe import Override, Recipe, load_recipe
@@ -36,6 +36,7 @@ _PUBLIC = {
     "Target": "targets",
     "convert": "eager",
     "deploy": "deployment",
+    "export_ai8x": "export",
     "export_onnx": "export",
     "export_pt2": "export",
     "fuse_modules": "eager",

@@ -66,13 +66,16 @@ def deploy(
     >>> bool((deploy(q)(x) == q(x)).all())
     True
     """
-    if engine not in ("onnxruntime", "openvino"):
-        raise DataError(f"engine={engine!r} is not known: choose 'onnxruntime' or 'openvino'")
+    if engine not in ("onnxruntime", "openvino", "ai8x"):
+        raise DataError(f"engine={engine!r} is not known: choose 'onnxruntime', 'openvino' or 'ai8x'")
     if not isinstance(q, QuantizedModel):
         return Deployed(open_engine(q, engine, threads))
-    from .export import export_onnx
+    from .export import export_ai8x, export_onnx
 
     folder = TemporaryDirectory(prefix="bitsmith-deploy-")
+    if engine == "ai8x":
+        path = export_ai8x(q, Path(folder.name) / "model.pth.tar")
+        return Deployed(open_engine(path, engine, threads), folder, q)
     path = export_onnx(q, Path(folder.name) / "model.onnx", style="qcdq" if _needs_clip(q) else "qdq")
     return Deployed(open_engine(path, engine, threads), folder, q)
 

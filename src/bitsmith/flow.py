@@ -22,6 +22,7 @@ from .capture import ForwardFunction, capture, evaluation_mode, read_batches
 from .capture.inputs import Arguments, first_samples
 from .errors import CaptureError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
+from .place.chip_limits import refuse_float
 from .place.place import Placed, place
 from .prepare.prepare import prepare
 from .recipe import Override, PlacementName, Recipe, load_recipe
@@ -33,7 +34,7 @@ _TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and i
 
 
 def quantize(
-    model: nn.Module, calibration: Iterable[Any], recipe: str | Path | Recipe = "int8",
+    model: nn.Module, calibration: Iterable[Any], recipe: str | Path | Recipe | None = None,
     target: str | Target = "onnxruntime", *, placement: PlacementName | None = None,
     overrides: Iterable[Override] = (), example_inputs: Any = None, forward: ForwardFunction | None = None,
     memory: str | int = "4GB", noise_samples: int | None = None, progress: Progress | None = None,
@@ -42,7 +43,8 @@ def quantize(
 
     ``calibration`` is any iterable of batches (some hundred samples): a tensor, or a tuple or list whose leading
     elements are the model's inputs, or a dict by forward's parameter names; ``forward=lambda model, batch: ...``
-    overrides that. ``recipe`` is a name, a Recipe or a YAML file, ``target`` a name or a Target; ``placement`` and
+    overrides that. ``recipe`` is a name, a Recipe or a YAML file (default: the target's own, mostly ``int8``),
+    ``target`` a name or a Target; ``placement`` and
     ``overrides`` change the recipe's own. ``memory`` bounds the activations kept at a time, beyond which they go to
     a temporary file. ``noise_samples`` is how many samples the quantized stream follows, for per-layer noise and
     the recipe's steps (default 128; 512 with GPTQ); ranges see all samples.
@@ -60,7 +62,8 @@ def quantize(
     from .eager import has_stubs, quantize_by_hand, with_module_recipes
 
     check_arguments(model, noise_samples)
-    recipe, target = resolve(recipe, placement, overrides), get_target(target)
+    target = get_target(target)
+    recipe = resolve(target.default_recipe if recipe is None else recipe, placement, overrides)
     samples = noise_samples or recipe.samples
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
@@ -122,6 +125,8 @@ def finish(
     q.report = build_report(recipe, target, q.program, placed, log, [*notes, *placed.notes], seconds)
     clock.lap("compile")
     q.report.seconds = dict(seconds)
+    if target.limits is not None:
+        refuse_float(q.program.kernels, target)
     coverage = q.report.coverage
     if coverage.fraction < recipe.min_coverage:
         raise PlacementError(

@@ -158,6 +158,14 @@ def _fp8() -> Recipe:
     return Recipe(name="fp8", weights=weights, activations=activations, bias=None, steps=steps)
 
 
+def _ai8x() -> Recipe:
+    """One scale per tensor, signed codes throughout, 8-bit biases: what MAX78000 and MAX78002 have."""
+    recipe = bits_recipe(8, 8, name="ai8x", granularity="tensor", symmetric=True, bias=TensorSpec(format=IntFormat(8)))
+    assert recipe.activations is not None
+    signed = recipe.activations.model_copy(update={"auto_unsigned": False})
+    return recipe.model_copy(update={"activations": signed})
+
+
 NAMED: dict[str, Recipe] = {
     "int8": bits_recipe(8, 8, name="int8"),
     "int8-tensor": bits_recipe(8, 8, name="int8-tensor", granularity="tensor"),
@@ -166,6 +174,7 @@ NAMED: dict[str, Recipe] = {
     "w8a16": bits_recipe(8, 16, name="w8a16", symmetric=True),
     "int16": bits_recipe(16, 16, name="int16", symmetric=True),
     "fp8": _fp8(),
+    "ai8x": _ai8x(),
 }
 
 
@@ -175,7 +184,7 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     >>> load_recipe("int9")
     Traceback (most recent call last):
     ...
-    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are fp8, int16, int8, int8-po2, \
+    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are ai8x, fp8, int16, int8, int8-po2, \
 int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
     """
     if isinstance(recipe, Recipe):

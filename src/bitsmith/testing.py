@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .capture.ops import _OPS
 from .errors import CalibrationError, NonFiniteError, RecipeError
-from .export import export_onnx
+from .export import export_ai8x, export_onnx
 from .flow import quantize
 from .grid import Format, Grid, IntFormat, Quantizer, TensorSpec, fake_quantize
 from .model import QuantizedModel
@@ -48,12 +48,12 @@ def check_target(target: Target) -> None:
     assert taken, f"target {target.name} takes none of the recipes {[r.name for r in _recipes()]}"
     for recipe in taken:
         torch.manual_seed(0)
-        q = quantize(_Net(), [_images(16, 0)], recipe=recipe, target=target)
+        q = quantize(_net(target), [_images(16, 0)], recipe=recipe, target=target)
         _check_grids(q)
         x = _images(8, 1)
         same = torch.equal(q(x), q.integer_executor()(x))
         assert same, f"target {target.name}, recipe {recipe.name}: simulation and integer executor differ"
-    if target.exact and target.engine in ("onnxruntime", "openvino"):
+    if target.exact and target.engine in ("onnxruntime", "openvino", "ai8x"):
         _check_file(target, taken[0])
 
 
@@ -104,6 +104,24 @@ class _Net(nn.Module):
         return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))  # type: ignore[no-any-return]
 
 
+class _ChipNet(nn.Module):
+    """The same for a chip whose layers are convolutions: strides, sums, pools and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.point = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.down, self.head = nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu6(self.down(F.relu(x + self.point(x)))) - F.avg_pool2d(x, 2)
+        return self.head(F.adaptive_avg_pool2d(F.max_pool2d(y, 2), 1).flatten(1))  # type: ignore[no-any-return]
+
+
+def _net(target: Target) -> nn.Module:
+    return _Net() if target.limits is None else _ChipNet()
+
+
 def _images(count: int, seed: int) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -142,7 +160,8 @@ def _check_refusals(target: Target) -> None:
     for bits in range(2, 17):
         for role, widths in (("weights", target.weight_bits), ("activations", target.activation_bits)):
             scale = target.scales[0]
-            recipe = Recipe(**{role: TensorSpec(format=IntFormat(bits), scale=scale)})
+            bias = TensorSpec(format=IntFormat(min(32, target.bias_bits)))
+            recipe = Recipe(**{role: TensorSpec(format=IntFormat(bits), scale=scale)}, bias=bias)
             assert _takes(target, recipe) == (bits in widths), f"{role} of {bits} bits: check() disagrees with the data"
 
 
@@ -171,9 +190,10 @@ def _check_grids(q: QuantizedModel) -> None:
 
 def _check_file(target: Target, recipe: Recipe) -> None:
     torch.manual_seed(0)
-    q = quantize(_Net(), [_images(16, 0)], recipe=recipe, target=target)
+    q = quantize(_net(target), [_images(16, 0)], recipe=recipe, target=target)
+    export = export_ai8x if target.engine == "ai8x" else export_onnx
     with tempfile.TemporaryDirectory() as folder:
-        certificate = verify(q, export_onnx(q, Path(folder, "model.onnx")), _images(16, 1))
+        certificate = verify(q, export(q, Path(folder, "model")), _images(16, 1))
     assert certificate.passed, f"target {target.name}: {certificate.verdict}"
 
 

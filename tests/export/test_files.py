@@ -69,7 +69,7 @@ def test_what_cannot_be_quantized_is_said_in_words(conv: tuple[nn.Module, Tensor
         (lambda: bs.quantize(q, [x]), DataError, "quantized already"),
         (lambda: bs.quantize(net.float(), [x], noise_samples=0), DataError, "noise_samples=0"),
         (lambda: bs.quantize(net, [x], placement="foo"), RecipeError, "placement"),  # type: ignore[arg-type]
-        (lambda: bs.quantize(net, [x], None), RecipeError, "NoneType"),  # type: ignore[arg-type]
+        (lambda: bs.quantize(net, [x], 8), RecipeError, "not a int"),  # type: ignore[arg-type]
         (lambda: q(x.double()), DataError, "float64"),
         (lambda: bs.export_onnx(bs.quantize(net, [x], bits_recipe(4, 4)), "m.onnx"), ExportError, "qcdq"),
         (lambda: bs.quantize(net, [x], bits_recipe(16, 16, min_coverage=0.5)), PlacementError, "min_coverage"),

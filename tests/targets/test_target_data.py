@@ -56,7 +56,7 @@ def test_recipes_without_numbers_on_a_target_are_refused(recipe: Recipe, words: 
 def test_recipes_with_numbers_on_a_target_are_taken() -> None:
     CHIP.check(bits_recipe(4, 8, scale="po2", symmetric=True))
     for target in list_targets():
-        target.check(load_recipe("int8"))
+        target.check(load_recipe(target.default_recipe))
 
 
 def grid(bits: int) -> Grid:

@@ -12,8 +12,8 @@ from ..grid import Grid, IntFormat
 from ..place.layers import QuantLayer
 
 
-def set_bias_grid(layer: QuantLayer, node: fx.Node | None) -> None:
-    """Give a layer's bias its grid; where input or weight are no integers the bias stays float."""
+def set_bias_grid(layer: QuantLayer, node: fx.Node | None, unit: int = 1) -> None:
+    """Give a layer's bias its grid, in steps of ``unit`` accumulator steps; without integer operands it stays float."""
     if layer.bias_quantizer is None or node is None or layer.weight_quantizer is None:
         return
     source, weights = quantizer_of(node.args[0]), layer.weight_quantizer.grid
@@ -21,11 +21,12 @@ def set_bias_grid(layer: QuantLayer, node: fx.Node | None) -> None:
     if inputs is None or weights is None or not _integers(inputs, weights) or weights.group_size is not None:
         layer.bias_quantizer = None
         return
-    scale = inputs.scale * _per_output(weights.scale, layer)
+    scale = inputs.scale * _per_output(weights.scale, layer) * unit
     fmt = layer.bias_quantizer.spec.format
     axis = 0 if scale.ndim else None
     layer.bias_quantizer.set_grid(Grid(fmt, scale, None, axis))
-    _raise_tiny_scales(layer, inputs)
+    if unit == 1:  # where it is more, the weight's scale was chosen with the bias in mind
+        _raise_tiny_scales(layer, inputs)
 
 
 def _raise_tiny_scales(layer: QuantLayer, inputs: Grid) -> None:

@@ -14,7 +14,8 @@ from ..errors import CalibrationError, NonFiniteError
 from ..grid.spec import TensorSpec
 from ..place.layers import QuantLayer
 from ..place.macs import elements_of
-from ..place.place import Placed, layer_name
+from ..place.place import Placed
+from ..place.plan import layer_name
 from ..ranges import weight_grid
 from ..steps import Step
 from ..targets import Target

@@ -15,7 +15,7 @@ from ..optimize.batch_norm import ChannelMoments
 from ..optimize.bias_correction import ChannelMean, correct_bias
 from ..optimize.visit import LayerStep, LayerVisit, StepLog, Stream
 from ..place.layers import QuantLayer
-from ..place.place import layer_name
+from ..place.plan import layer_name
 from ..steps import Step
 from .bias import set_bias_grid
 from .stages import Stage

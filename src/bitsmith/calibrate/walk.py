@@ -30,6 +30,7 @@ from .bias import set_bias_grid
 from .groups import join_grids
 from .layer_steps import LayerSteps
 from .noise import Noise
+from .shift import tie_weight_scale
 from .stages import Stage, cut_into_stages
 from .store import Store
 
@@ -83,8 +84,10 @@ class Walk:
                 self._run_float_to(self._needed_for(index))
                 if stage.observes and stage.quantizer is not None:
                     self._fix_grid(stage.quantizer, stage)
-                if stage.layer is not None:
-                    set_bias_grid(stage.layer, stage.compute)
+                if stage.layer is not None and stage.compute is not None:
+                    output = None if stage.quantizer is None else stage.quantizer.grid
+                    tie_weight_scale(stage.layer, stage.compute, output, self.target)
+                    set_bias_grid(stage.layer, stage.compute, self.target.bias_unit)
                 self._run_quantized(stage)
             self._measure_outputs()
             if self.progress is not None:

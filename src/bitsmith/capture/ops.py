@@ -37,12 +37,13 @@ def _rows(role: str, sign: str, *names: str) -> dict[str, Op]:
 _OPS: dict[str, Op] = {
     **_rows("compute", "any", "conv", "conv_transpose", "linear", "matmul"),
     **_rows("rescale", "keeps", "add", "mul", "cat", "avg_pool", "global_avg_pool"),
-    **_rows("rescale", "any", "leaky_relu"),
-    **_rows("rescale", "non_negative", "sigmoid"),
+    **_rows("rescale", "any", "leaky_relu", "sub", "xor"),
+    **_rows("rescale", "keeps", "or"),
+    **_rows("rescale", "non_negative", "sigmoid", "abs"),
     **_rows("activation", "non_negative", "relu"),
     **_rows("activation", "keeps", "clamp"),
     **_rows("move", "keeps", "max_pool", "reshape", "transpose", "slice", "pad", "resize_nearest", "getitem"),
-    **_rows("float", "non_negative", "hardsigmoid", "exp", "abs", "square", "sqrt", "softmax"),
+    **_rows("float", "non_negative", "hardsigmoid", "exp", "square", "sqrt", "softmax"),
     **_rows(
         "float",
         "any",
@@ -63,7 +64,8 @@ _ATEN: dict[str, str] = {
     "conv1d": "conv", "conv2d": "conv", "conv3d": "conv", "linear": "linear",
     "conv_transpose1d": "conv_transpose", "conv_transpose2d": "conv_transpose",
     "conv_transpose3d": "conv_transpose",
-    "matmul": "matmul", "bmm": "matmul", "add": "add", "mul": "mul", "cat": "cat", "concat": "cat",
+    "matmul": "matmul", "bmm": "matmul", "add": "add", "sub": "sub",
+    "bitwise_or": "or", "bitwise_xor": "xor", "mul": "mul", "cat": "cat", "concat": "cat",
     "avg_pool1d": "avg_pool", "avg_pool2d": "avg_pool", "avg_pool3d": "avg_pool",
     "adaptive_avg_pool1d": "avg_pool", "adaptive_avg_pool2d": "avg_pool", "adaptive_avg_pool3d": "avg_pool",
     "leaky_relu": "leaky_relu", "sigmoid": "sigmoid", "softmax": "softmax", "_softmax": "softmax",
@@ -141,7 +143,7 @@ def op_of(node: fx.Node) -> Op:
     name = aten_name(node)
     if name == "getitem":
         return _OPS["getitem"]
-    if name in ("add", "mul") and not all(_is_activation(a) for a in node.args[:2]):
+    if name in ("add", "sub", "mul") and not all(_is_activation(a) for a in node.args[:2]):
         return _OPS["other"]  # with a scalar or a constant: arithmetic in float
     if name in ("adaptive_avg_pool2d", "avg_pool2d", "mean", "adaptive_avg_pool1d", "avg_pool1d"):
         return _pooling(node, name)

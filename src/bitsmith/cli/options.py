@@ -40,7 +40,13 @@ CalibrationSamples = Annotated[int, typer.Option(min=1, help="How many calibrate
 ValidationSamples = Annotated[
     int | None, typer.Option(min=1, help="How many judge, drawn likewise [default: all]", show_default=False)
 ]
-Recipe = Annotated[str, typer.Option(help="int8, int8-tensor, int8-po2, w8a16, int16, fp8 or a YAML file")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="int8, int8-tensor, int8-po2, w8a16, int16, fp8, ai8x or a YAML file [default: the target's, mostly int8]",
+        show_default=False,
+    ),
+]
 Target = Annotated[str, typer.Option(help="What runs the file: see 'bitsmith targets'")]
 Placement = Annotated[
     Literal["runtime", "fx", "flexml", "layerwise"] | None,

@@ -25,7 +25,7 @@ def quantize(
     calibration: o.Calibration,
     validation: o.Validation = None,
     weights: o.Weights = None,
-    recipe: o.Recipe = "int8",
+    recipe: o.Recipe = None,
     target: o.Target = "onnxruntime",
     placement: o.Placement = None,
     calibration_samples: o.CalibrationSamples = 1000,
@@ -41,10 +41,10 @@ def quantize(
     latency: o.Latency = True,
     seed: o.Seed = 0,
 ) -> None:
-    """Quantize MODEL into a verified ONNX file.
+    """Quantize MODEL into a verified file.
 
-    OUTPUT gets model.onnx, recipe.yaml, report.json and what 'bitsmith verify' needs: all of it, or
-    nothing. A table of accuracy, size and speed ends the work.
+    OUTPUT gets model.onnx (for MAX78000 model.pth.tar and model.yaml), recipe.yaml, report.json and what
+    'bitsmith verify' needs: all of it, or nothing. A table of accuracy, size and speed ends the work.
     """
     from ..evaluate.job import JobSettings, run_job
 
@@ -72,7 +72,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write what 'bitsmith quantize' writes")
     ] = None,
-    recipe: o.Recipe = "int8",
+    recipe: o.Recipe = None,
     target: o.Target = "onnxruntime",
     placement: o.Placement = None,
     calibration_samples: o.CalibrationSamples = 1000,

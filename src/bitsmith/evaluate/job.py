@@ -17,7 +17,7 @@ from torch import nn
 from ..calibrate import parse_memory
 from ..deployment import deploy
 from ..errors import DataError, ExportError, VerificationError
-from ..export import export_onnx
+from ..export import export_ai8x, export_onnx
 from ..files import staged_dir, write_text
 from ..flow import quantize
 from ..grid import IntFormat, TensorSpec
@@ -26,6 +26,7 @@ from ..report.model import Report
 from ..storage import save
 from ..targets import get_target
 from ..verify import save_evidence, verify
+from ..verify.engines import EngineName, engine_for
 from .data import Data
 from .float_file import export_float_onnx
 from .latency import Latency, interleaved_latency, onnxruntime_runner, onnxruntime_session
@@ -33,6 +34,7 @@ from .metrics import Metric, Metrics, Recorder, evaluate, split_batch
 from .progress import progress_callback
 
 MODEL_FILE = "model.onnx"
+CHIP_FILE = "model.pth.tar"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
 VERIFIED_SAMPLES = 100
@@ -41,14 +43,14 @@ KEPT_SAMPLES = 16
 
 
 class JobSettings(BaseModel):
-    """How the job is done; named as in ``bitsmith.quantize`` and ``bitsmith.export_onnx``.
+    """How the job is done; named as in ``bitsmith.quantize`` and ``bitsmith.export_onnx``; no recipe: the target's own.
 
     ``style`` ``"auto"`` is ``"qcdq"`` where the recipe has activations that need its Clip, else ``"qdq"``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: str = "int8"
+    recipe: str | None = None
     target: str = "onnxruntime"
     placement: PlacementName | None = None
     style: Literal["auto", "qdq", "qcdq"] = "auto"
@@ -111,8 +113,11 @@ def check_settings(settings: JobSettings) -> JobSettings:
     >>> check_settings(JobSettings()).style
     'qdq'
     """
-    recipe = load_recipe(settings.recipe)
-    get_target(settings.target).check(recipe)
+    target = get_target(settings.target)
+    if settings.recipe is None:
+        settings = settings.model_copy(update={"recipe": target.default_recipe})
+    recipe = load_recipe(settings.recipe or target.default_recipe)
+    target.check(recipe)
     parse_memory(settings.memory)
     if settings.opset is not None:
         _check_opset(settings.opset, recipe)
@@ -159,9 +164,9 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         inputs = batches[0]
         _write(job, quantized, folder)
         job.say("verifying the file against the integer executor and the simulation")
-        result.certificate = _certify(quantized, folder, batches)
+        result.certificate = _certify(quantized, _file(job, folder), batches)
         engine = _engine(job.settings.target)
-        deployed = deploy(folder / MODEL_FILE, engine=engine)
+        deployed = deploy(_file(job, folder), engine=engine)
         result.metrics["deployed"] = _measure(job, deployed, f"file in {engine}", recorder)
         job.say(f"file in {engine}: {_headline(result.metrics['deployed'])}")
         _weigh(job, folder, inputs, result)
@@ -247,8 +252,12 @@ def _measure(job: Job, model: Any, what: str, recorder: Recorder | None = None) 
 
 
 def _write(job: Job, quantized: Any, folder: Path) -> None:
-    job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
     save(quantized, folder)
+    if _engine(job.settings.target) == "ai8x":
+        job.say(f"exporting {CHIP_FILE} and its network description")
+        export_ai8x(quantized, folder / CHIP_FILE)
+        return
+    job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
     style: Literal["qdq", "qcdq"] = "qcdq" if job.settings.style == "qcdq" else "qdq"  # decided by check_settings
     export_onnx(quantized, folder / MODEL_FILE, style=style, opset=job.settings.opset)
     recipe = folder / RECIPE_FILE
@@ -256,23 +265,28 @@ def _write(job: Job, quantized: Any, folder: Path) -> None:
         write_text(recipe, quantized.recipe.to_yaml())
 
 
-def _certify(quantized: Any, folder: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:
+def _certify(quantized: Any, file: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Verify the file on ``batches`` and keep some samples, so that it can be verified again anywhere."""
-    certificate = verify(quantized, folder / MODEL_FILE, batches)
+    certificate = verify(quantized, file, batches)
     sample_bytes = sum(value[0].numel() * value.element_size() for value in batches[0])
     kept = max(1, min(KEPT_SAMPLES, KEPT_BYTES // max(sample_bytes, 1)))
-    save_evidence(folder, quantized, certificate, (tuple(value[:kept] for value in batches[0]), {}))
+    save_evidence(file.parent, quantized, certificate, (tuple(value[:kept] for value in batches[0]), {}))
     return certificate.model_dump(mode="json")
 
 
-def _engine(target: str) -> Literal["onnxruntime", "openvino"]:
-    """What runs the ONNX file: the target's own engine where that reads such files."""
-    engine = get_target(target).engine
-    return "openvino" if engine == "openvino" else "onnxruntime"
+def _engine(target: str) -> EngineName:
+    """What runs the file: the target's own engine where it has one."""
+    return engine_for(get_target(target).engine)
+
+
+def _file(job: Job, folder: Path) -> Path:
+    return folder / (CHIP_FILE if _engine(job.settings.target) == "ai8x" else MODEL_FILE)
 
 
 def _weigh(job: Job, folder: Path, inputs: tuple[Any, ...], result: JobResult) -> None:
     """Sizes and times of the float and the quantized file; a float file that cannot be made is noted."""
+    if _engine(job.settings.target) == "ai8x":
+        return  # its numbers lie in the chip's memories, which the report's notes weigh
     result.sizes["quantized"] = _size(folder / MODEL_FILE)
     with tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch:
         float_file = Path(scratch, "float.onnx")

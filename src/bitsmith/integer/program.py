@@ -21,7 +21,7 @@ from ..grid import Grid, IntFormat
 from ..place.layers import QuantLayer
 from ..place.plan import clamp_bounds, fused_end, operands
 from ..targets import Target
-from . import laws
+from . import laws, max78000
 from .accumulate import Carrier
 from .kernels import Kernel, build_kernel, float_pool, multiplies_on_codes, sums_in_known_order
 
@@ -104,6 +104,7 @@ class Program:
     def _fused_into_quantizers(self) -> dict[fx.Node, fx.Node]:
         """Operators (with their activation functions) whose quantizer's step executes them in integers."""
         self._sources: dict[fx.Node, fx.Node] = {}
+        self._activations: dict[fx.Node, list[fx.Node]] = {}
         coded: dict[fx.Node, Grid] = {}
         fused: dict[fx.Node, fx.Node] = {}
         for node in self.graph.graph.nodes:
@@ -119,13 +120,14 @@ class Program:
             if any(len(n.users) != 1 for n in chain) or not self._clamps_are_covered(chain[:-1], grid):
                 continue
             if self._runs_in_integers(source, coded, grid):
-                self._sources[node] = source
+                self._sources[node], self._activations[source] = source, chain[:-1]
                 fused.update(dict.fromkeys(chain, node))
         return fused
 
-    @staticmethod
-    def _clamps_are_covered(activations: list[fx.Node], grid: Grid) -> bool:
-        """Whether the grid's own ends clamp alike: a bound within half a step of an end rounds to it."""
+    def _clamps_are_covered(self, activations: list[fx.Node], grid: Grid) -> bool:
+        """Whether the target clamps alike: a bound within half a step of an end of the grid rounds to it."""
+        if self.target.law == "max78000":
+            return max78000.clamp_codes(activations, grid) is not None
         scale = float(grid.scale)
         low, high = (code * scale for code in laws.code_range(grid))
         bounds = [clamp_bounds(node) for node in activations]
@@ -190,6 +192,9 @@ class Program:
 
     def _kernel(self, source: fx.Node, output: Grid | None, *, on_codes: bool = False) -> Kernel:
         inputs = [self.grids[node] for node in operands(source)]
+        if self.target.law == "max78000":
+            activations = self._activations.get(source, [])
+            return max78000.build_kernel(source, activations, inputs, output, self.carrier, self.target)
         return build_kernel(source, inputs, output, self.carrier, on_codes=on_codes)
 
     def _operator_step(self, node: fx.Node) -> Step:

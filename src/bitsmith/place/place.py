@@ -14,11 +14,25 @@ from ..capture.marks import Handwritten, Marks, take_marks
 from ..capture.ops import layer_of, op_of, quantizer_of
 from ..errors import PlacementError, UnsupportedOperatorError
 from ..grid import FloatFormat, Quantizer, TensorSpec
+from ..prepare.activation_before_pool import activation_before_pool
 from ..recipe import Override, Recipe
 from ..targets import Target
+from .chip_limits import plan_chip, weights_note
+from .chip_memory import ChipPlan
 from .layers import QuantLayer
 from .macs import macs_of
-from .plan import POLICIES, Plan, Planner, Policy, carrying, is_non_negative, operands, origin, plan_marks
+from .plan import (
+    POLICIES,
+    Plan,
+    Planner,
+    Policy,
+    carrying,
+    is_non_negative,
+    layer_name,
+    operands,
+    origin,
+    plan_marks,
+)
 
 Position = Literal["first", "middle", "last", "only"]
 
@@ -33,13 +47,14 @@ class ScaleGroup:
 
 @dataclass
 class Placed:
-    """What ``place`` did: the nodes of quantized layers, the groups of shared scales, and by the name of each mark
-    that the model's author left the Quantizers that stand for it."""
+    """What ``place`` did: the nodes of quantized layers, the groups of shared scales, by the name of each mark that
+    the model's author left the Quantizers that stand for it, and the layers and memory of a chip."""
 
     layers: list[fx.Node] = field(default_factory=list)
     groups: list[ScaleGroup] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     marks: dict[str, list[Quantizer]] = field(default_factory=dict)
+    chip: ChipPlan | None = None
 
 
 def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
@@ -49,6 +64,8 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     PlacementError where nothing would be quantized or an override matches nothing.
     """
     target.check(recipe)
+    if target.limits is not None:
+        activation_before_pool(graph)
     compute = [node for node in graph.graph.nodes if op_of(node).role == "compute"]
     overrides = _match_overrides(compute, recipe)
     excluded = {node for node, matched in overrides.items() if any(o.exclude for o in matched)}
@@ -71,6 +88,9 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
             _wrap_layer(graph, node, overrides.get(node) or _carried(node, hand, marks), recipe)
     graph.recompile()
     placed = Placed(layers=plan.layers, groups=_merge_groups(plan, values), marks=_marked(marks, values))
+    if target.limits is not None:
+        placed.chip = plan_chip(graph, target)
+        placed.notes.append(weights_note(placed.chip, target.limits))
     floats = sorted({str(n.target) for n in graph.graph.nodes if op_of(n).name == "recurrent"})
     if floats:
         placed.notes.append(f"runs in float (no static integer form): {', '.join(floats)}")
@@ -84,16 +104,13 @@ def _policy(recipe: Recipe, target: Target) -> Policy:
     An add of floats aligns exponents anyway, so nothing is gained by quantizing its operands.
     """
     policy = POLICIES[recipe.placement]
+    if target.keeps_scale:  # a device without float units
+        policy = replace(policy, everything=True)
     if not target.rescales and not policy.own_inputs:
         policy = replace(policy, shared=True)
     if recipe.activations is not None and isinstance(recipe.activations.format, FloatFormat):
         return replace(policy, rescaling=False, shared=False, float_outputs=True)
     return policy
-
-
-def layer_name(node: fx.Node) -> str:
-    """The name that users know a compute node by: its module path, or the node's name."""
-    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _match_overrides(compute: list[fx.Node], recipe: Recipe) -> dict[fx.Node, list[Override]]:

@@ -47,6 +47,11 @@ class Plan:
     unplaceable: list[fx.Node] = field(default_factory=list)
 
 
+def layer_name(node: fx.Node) -> str:
+    """The name that users know a compute node by: its module path, or the node's name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """The activations that an operator reads as numbers: not its sizes, weights or masks."""
     name = op_of(node).name
@@ -54,7 +59,9 @@ def operands(node: fx.Node) -> list[fx.Node]:
         parts = node.args[0]
         assert isinstance(parts, list | tuple)
         return [part for part in parts if isinstance(part, fx.Node)]
-    count = 2 if name in ("add", "mul", "matmul") else 1
+    if name in ("add", "sub", "or", "xor"):
+        return [argument for argument in node.args if isinstance(argument, fx.Node)]
+    count = 2 if name in ("mul", "matmul") else 1
     return [argument for argument in node.args[:count] if isinstance(argument, fx.Node)]
 
 
@@ -95,9 +102,12 @@ class Planner:
             elif op.role == "rescale" and self._is_quantized_rescale(node, op):
                 for source in map(origin, operands(node)):
                     plan.values.setdefault(source)
-                if self.policy.shared and op.name in ("add", "cat"):
+                keeps = op.name in self.target.keeps_scale
+                if keeps or (self.policy.shared and op.name in ("add", "cat")):
                     result = [node] if op.name == "cat" else []  # what a concat puts together keeps its codes
-                    plan.groups.append((op.name, [*map(origin, operands(node)), *result]))
+                    result = [fused_end(node)] if keeps else result
+                    kind = "cat" if keeps else op.name
+                    plan.groups.append((kind, [*map(origin, operands(node)), *result]))
         if self.policy.everything:
             self._plan_outputs(plan)
         return plan
@@ -149,6 +159,12 @@ class Planner:
     def _plan_outputs(self, plan: Plan) -> None:
         output = next(node for node in self.graph.graph.nodes if node.op == "output")
         for source in output.all_input_nodes:
+            if (
+                self.target.wide_bits
+                and op_of(source).role == "compute"
+                and op_of(source).name in self.target.float_output
+            ):
+                continue  # the accumulator itself is an output
             if source.op != "get_attr" and op_of(origin(source)).name != "embedding":
                 plan.values.setdefault(origin(source))
 

@@ -15,8 +15,8 @@ from ..integer.program import EXACT_FLOAT, Program
 from ..optimize.visit import StepLog
 from ..place.layers import QuantLayer
 from ..place.macs import macs_of
-from ..place.place import Placed, layer_name
-from ..place.plan import fused_end, operands
+from ..place.place import Placed
+from ..place.plan import fused_end, layer_name, operands
 from ..recipe import Recipe
 from ..targets import Target
 from .model import Coverage, LayerReport, Report, StepReport

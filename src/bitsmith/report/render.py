@@ -22,6 +22,8 @@ _NONE = "-"
 _NOTES = 10
 _CONTENTS = {
     "model.onnx": "the quantized model, to deploy",
+    "model.pth.tar": "the quantized model, for the network loader",
+    "model.yaml": "its network description",
     "recipe.yaml": "how it was quantized",
     "report.json": "all numbers of this run",
     "certificate.json": "the proof, and the file's checksum",

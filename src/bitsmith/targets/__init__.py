@@ -1,7 +1,8 @@
 """The devices and runtimes that Bitsmith knows, one row each."""
 
 from ..errors import RecipeError
-from .target import Target
+from .max78000 import MAX78000, MAX78002
+from .target import ChipLimits, Target
 
 _COMPUTE = {"conv", "linear", "matmul"}
 _RESCALE = {"add", "mul", "cat", "avg_pool", "global_avg_pool", "sigmoid", "leaky_relu"}
@@ -56,6 +57,8 @@ _TARGETS = {
             float_output=frozenset({"linear", "matmul", "conv", "conv_transpose"}),
             accumulator_bits=64,
         ),
+        MAX78000,
+        MAX78002,
     )
 }
 
@@ -78,4 +81,4 @@ def list_targets() -> list[Target]:
     return list(_TARGETS.values())
 
 
-__all__ = ["Target", "get_target", "list_targets"]
+__all__ = ["ChipLimits", "Target", "get_target", "list_targets"]

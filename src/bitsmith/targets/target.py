@@ -11,6 +11,39 @@ from ..grid import FloatFormat, Grid, IntFormat, TensorSpec
 from ..recipe import Override, Recipe
 
 
+class ChipLimits(BaseModel):
+    """What fits into a convolutional accelerator whose processors own their memories.
+
+    ``kernel_words``: weight memory of one processor, in kernels of 9 bytes; ``data_bytes``: data memory that four
+    processors share; ``bias_bytes``: of one group of 16 processors; ``kernels``: kernel sizes by operator.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: int
+    processors: int = 64
+    processors_per_memory: int = 4
+    processors_per_group: int = 16
+    kernel_words: int
+    data_bytes: int
+    bias_bytes: int
+    channels: int = 1024
+    rows_and_columns: int
+    flattened: int = 256
+    padding: int = 2
+    pool: int = 16
+    dilation_1d: int
+    kernels: dict[str, tuple[int, ...]] = {"conv1d": tuple(range(1, 10)), "conv2d": (1, 3), "convtranspose2d": (3,)}
+    depthwise: bool = False
+    unfused_pool_passes: int | None = None
+    binary_weights: bool = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weight memory of the whole chip."""
+        return self.processors * self.kernel_words * 9
+
+
 class Target(BaseModel):
     """What an exported model meets.
 
@@ -20,13 +53,20 @@ class Target(BaseModel):
     ``unsigned_codes``: activations are stored unsigned (x86 has only u8 x s8 products). ``rescales``: add and
     concat take operands of different scales. ``exact``: the law by which integer results reach their output grid
     (``bitsmith.integer.laws``) is known to the bit, so that file and integer executor must agree on every output.
+    ``law``: whose arithmetic that is. ``wide_bits``: width of an accumulator that a layer hands on as it is.
+    ``keeps_scale``: operators whose result has the scale of their operands. ``shifts``: results are scaled by powers
+    of two alone, of these exponents, so that weight scales follow those of the activations. ``bias_unit``: a bias of
+    1 in steps of the accumulator. ``average_rounding``: average pooling rounds, instead of cutting toward zero.
+    ``limits``: what fits into a chip.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     description: str
-    engine: Literal["onnxruntime", "openvino", "torch", "none"]
+    engine: Literal["onnxruntime", "openvino", "torch", "ai8x", "none"]
+    law: Literal["onnxruntime", "max78000"] = "onnxruntime"
+    default_recipe: str = "int8"
     weight_bits: tuple[int, ...] = tuple(range(2, 17))
     activation_bits: tuple[int, ...] = tuple(range(2, 17))
     floats: bool = True
@@ -39,11 +79,17 @@ class Target(BaseModel):
     unsigned_codes: bool = False
     rescales: bool = True
     exact: bool = False
+    keeps_scale: frozenset[str] = frozenset()
+    shifts: tuple[int, int] | None = None
+    average_rounding: bool = False
+    wide_bits: int | None = None
+    bias_unit: int = 1
     bias_bits: int = 32
     accumulator_bits: int = 32
+    limits: ChipLimits | None = None
     notes: tuple[str, ...] = ()
 
-    @field_serializer("integer_operators", "float_output", "float_on_codes", when_used="json")
+    @field_serializer("integer_operators", "float_output", "float_on_codes", "keeps_scale", when_used="json")
     def _in_order(self, names: frozenset[str]) -> list[str]:
         """Sets in one order, so that the same model is saved as the same file."""
         return sorted(names)
@@ -80,9 +126,9 @@ class Target(BaseModel):
 
     def runs_in_integers(self, operator: str, *grids: Grid | None) -> bool:
         """Whether the runtime executes this operator on codes of these grids."""
+        widths = {*self.integer_bits, self.wide_bits}
         return operator in self.integer_operators and all(
-            grid is not None and isinstance(grid.format, IntFormat) and grid.format.bits in self.integer_bits
-            for grid in grids
+            grid is not None and isinstance(grid.format, IntFormat) and grid.format.bits in widths for grid in grids
         )
 
 

@@ -34,6 +34,7 @@ class Certificate(BaseModel):
 
     file: str
     sha256: str
+    companions: dict[str, str] = Field(default={}, description="files that belong to it, by SHA-256")
     engine: str
     engine_version: str
     target: str

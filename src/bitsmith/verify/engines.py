@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,9 +15,9 @@ import numpy as np
 
 from ..errors import MissingExtraError, VerificationError
 
-EngineName = Literal["onnxruntime", "openvino"]
+EngineName = Literal["onnxruntime", "openvino", "ai8x"]
 Array = np.ndarray[Any, Any]
-_INTEGER_KERNELS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize")
+_INTEGER_KERNELS = ("chip_", "QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize")
 _ON_CODES = " on codes"
 _COMPUTE_KERNELS = {
     "Conv",
@@ -55,12 +56,44 @@ class Engine:
         return {k: n for k, n in sorted(self.kernels.items()) if k in _COMPUTE_KERNELS}
 
 
+def engine_for(name: str) -> EngineName:
+    """The engine that runs the files of a target, or that a certificate names.
+
+    >>> engine_for("ai8x"), engine_for("none")
+    ('ai8x', 'onnxruntime')
+    """
+    return "openvino" if name == "openvino" else "ai8x" if name == "ai8x" else "onnxruntime"
+
+
+def companion_files(path: Path, engine: str) -> list[Path]:
+    """The files without which the one at ``path`` says nothing: the network description of a checkpoint."""
+    if engine != "ai8x":
+        return []
+    from ..ai8x.deployed import description_path
+
+    return [description_path(path)]
+
+
 def open_engine(path: str | Path, engine: EngineName = "onnxruntime", threads: int | None = None) -> Engine:
-    """Load an ONNX file (or OpenVINO IR) into a runtime. Raises VerificationError where the file cannot be loaded."""
+    """Load an ONNX file (or OpenVINO IR, or a checkpoint for MAX78000) into a runtime.
+
+    Raises VerificationError where the file cannot be loaded.
+    """
     path = Path(path)
     if not path.is_file():
         raise VerificationError(f"{path} is not a file: export the model first")
+    if engine == "ai8x":
+        return _ai8x(path)
     return _onnxruntime(path, threads) if engine == "onnxruntime" else _openvino(path, threads)
+
+
+def _ai8x(path: Path) -> Engine:
+    """A checkpoint with its network description, read as the network loader reads them, in the chip's integers."""
+    from ..ai8x.deployed import DeployedChip
+
+    chip = DeployedChip.open(path)
+    kernels = Counter({f"chip_{name}": n for name, n in Counter(chip.operators).items()})
+    return Engine("ai8x", import_module("bitsmith").__version__, [chip.input], ["output"], chip.run, kernels)
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Engine:

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, VerificationError
 from ..files import atomic_write, write_text
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
-from .engines import open_engine
+from .engines import engine_for, open_engine
 from .verify import compare_output, file_digest, flat_inputs, input_names
 
 EVIDENCE = "evidence.safetensors"
@@ -48,11 +48,15 @@ def verify_folder(folder: str | Path) -> Certificate:
     folder = Path(folder)
     recorded, tensors = _read(folder)
     path = folder / recorded.file
-    if not path.is_file():
-        raise VerificationError(f"{path}, which the certificate is about, is not there: export it again")
-    if file_digest(path) != recorded.sha256:
-        raise VerificationError(f"{path} is not the file that was certified: its SHA-256 differs. Export it again")
-    runtime = open_engine(path, "openvino" if recorded.engine == "openvino" else "onnxruntime")
+    for name, digest in {recorded.file: recorded.sha256, **recorded.companions}.items():
+        present = folder / Path(name).name
+        if not present.is_file():
+            raise VerificationError(f"{present}, which the certificate is about, is not there: export it again")
+        if file_digest(present) != digest:
+            raise VerificationError(
+                f"{present} is not the file that was certified: its SHA-256 differs; export it again"
+            )
+    runtime = open_engine(path, engine_for(recorded.engine))
     if len(runtime.outputs) != len(recorded.outputs):
         raise VerificationError(f"{path} has {len(runtime.outputs)} outputs, its certificate {len(recorded.outputs)}")
     feeds = {name: np.ascontiguousarray(_tensor(tensors, f"input.{name}", folder).numpy()) for name in runtime.inputs}

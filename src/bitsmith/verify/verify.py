@@ -18,7 +18,7 @@ from ..errors import VerificationError
 from ..grid import FloatFormat, IntFormat
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
-from .engines import Engine, EngineName, open_engine
+from .engines import Engine, EngineName, companion_files, engine_for, open_engine
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Bounds:
 ROUNDING = Bounds(1.0, 0.02)  # no code of 8 bits or less follows: float noise alone
 TIES = Bounds(8.0, 0.15)
 SMALL_FLOAT_TIES = Bounds(16.0, 0.4)  # a step of FP8 is up to an eighth of the value
+_EXACT = {"onnxruntime", "ai8x"}  # engines whose arithmetic is known to the bit
 _PASSIVE = {"reshape", "transpose", "slice", "getitem", "max_pool", "pad", "resize_nearest"}
 
 
@@ -47,7 +48,7 @@ def verify(
     whether it passed; nothing is raised for a difference, only for a file that cannot be run.
     """
     if engine is None:
-        engine = "openvino" if q.target.engine == "openvino" else "onnxruntime"
+        engine = engine_for(q.target.engine)
     runtime = open_engine(path, engine)
     batches = _batches(q, inputs)
     executor, comparison = q.integer_executor(), _Comparison(q, runtime)
@@ -78,13 +79,14 @@ def certify(
 ) -> Certificate:  # fmt: skip
     """The certificate of measured differences."""
     floats = float_operators(q)
-    exact = q.target.exact and runtime.name == "onnxruntime" and not floats and not runtime.float_compute_kernels
+    exact = q.target.exact and runtime.name in _EXACT and not floats and not runtime.float_compute_kernels
     bounds = Bounds(0.0, 0.0) if exact else _bounds(q, runtime)
     if max_lsb is not None:
         bounds = Bounds(max_lsb, max_lsb)
     passed, verdict = judge(outputs, floats or list(runtime.float_compute_kernels), exact, bounds.largest, bounds.mean)
     return Certificate(
-        file=path.name, sha256=file_digest(path), engine=runtime.name, engine_version=runtime.version,
+        file=path.name, sha256=file_digest(path), companions=companion_digests(path, runtime.name),
+        engine=runtime.name, engine_version=runtime.version,
         target=q.target.name, recipe=q.recipe.name, samples=samples, outputs=outputs, top1_agreement=top1,
         coverage=q.report.coverage.fraction, integer_kernels=runtime.integer_kernels,
         float_compute_kernels=runtime.float_compute_kernels, float_operators=floats,
@@ -99,7 +101,7 @@ def _bounds(q: QuantizedModel, runtime: Engine) -> Bounds:
     if activations is not None and isinstance(activations.format, FloatFormat):
         return SMALL_FLOAT_TIES
     floats = set(_float_nodes(q))
-    unknown = not q.target.exact or runtime.name != "onnxruntime" or bool(runtime.float_compute_kernels and not floats)
+    unknown = not q.target.exact or runtime.name not in _EXACT or bool(runtime.float_compute_kernels and not floats)
     tainted: set[fx.Node] = set()
     for node in q.graph.graph.nodes:
         if not (node in floats or any(source in tainted for source in node.all_input_nodes)):
@@ -220,6 +222,11 @@ def compare_output(name: str, lsb: float, file: Tensor, integer: Tensor, simulat
 
 def _leaves(outputs: Any) -> list[Tensor]:
     return [leaf.detach().cpu() for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def companion_digests(path: Path, engine: str) -> dict[str, str]:
+    """SHA-256 of the files that belong to the one at ``path``, by name."""
+    return {file.name: file_digest(file) for file in companion_files(path, engine)}
 
 
 def file_digest(path: Path) -> str:
