@@ -18,7 +18,8 @@ from ..errors import CaptureError, DataError
 from ..flow import channels_last, check_arguments, output_sqnr, resolve
 from ..model import QuantizedModel
 from ..nn import QuantModule
-from ..place.place import layer_name, place
+from ..place.place import place
+from ..place.plan import layer_name
 from ..prepare.prepare import prepare as rewrite
 from ..recipe import Override, PlacementName, Recipe, load_recipe
 from ..targets import Target, get_target
