@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .capture import capture, evaluation_mode
 from .capture.inputs import Arguments
-from .eager import BY_HAND, LayerMapping, keep_to_marks, structure
+from .eager import BY_HAND, LayerMapping, assigned, keep_to_marks, structure
 from .errors import CheckpointError
 from .files import atomic_write, prepare_output_dir, write_text
 from .flow import channels_last
@@ -86,7 +86,10 @@ def load(
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
     with evaluation_mode(model):
         example = _example_inputs(manifest)
-        graph = capture(structure(model, recipe, example, mapping), example)
+        module = structure(model, recipe, example, mapping)
+        if report.placement == BY_HAND:
+            module = assigned(module, recipe)
+        graph = capture(module, example)
     if report.placement == BY_HAND:
         keep_to_marks(graph)
     if recipe.step("fold_batch_norm"):

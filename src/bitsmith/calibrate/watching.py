@@ -11,7 +11,9 @@ from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, IntFormat, Quantizer, TensorSpec
 from ..ranges import Statistic, activation_grid, activation_statistic, weight_grid
 
+# What stands in for a recipe's specs until there is a recipe: those of "int8".
 _INT8 = TensorSpec(format=IntFormat(8, signed=False), symmetric=False)
+_INT8_WEIGHTS = TensorSpec(format=IntFormat(8), granularity="channel")
 
 
 class WatchingQuantizer(Quantizer):
@@ -40,7 +42,8 @@ class WatchingQuantizer(Quantizer):
     def assign(self, spec: TensorSpec) -> None:
         """Take the recipe's spec, unless the place carries its own."""
         self.spec = self.carried or spec
-        self.format = self.spec.format
+        if self.scale is None:
+            self.format = self.spec.format
 
     def watch(self) -> None:
         """Forget the grid and start to watch."""
@@ -119,7 +122,7 @@ class WeightQuantizer(Quantizer):
     of_parameter = True
 
     def __init__(self, spec: TensorSpec | None = None, axis: int = 0) -> None:
-        super().__init__(spec or _INT8)
+        super().__init__(spec or _INT8_WEIGHTS)
         self.carried = spec
         self.along = axis
         self.enabled = False

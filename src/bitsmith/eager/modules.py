@@ -26,7 +26,7 @@ from ..nn.module import QuantModule
 from ..place.layers import QuantLayer
 from ..place.place import Placed, place
 from ..prepare import fold_batch_norm
-from ..recipe import Recipe
+from ..recipe import Recipe, load_recipe
 from ..report.model import LayerReport, Report
 from ..targets import Target
 from .fuse import find_groups, fuse_modules
@@ -107,7 +107,9 @@ class PreparedModules(nn.Module):
 
     def _without_graph(self, reason: str) -> HookedModel:
         for name, watcher in self.watchers().items():
-            watcher.set_grid(self._solve(name, watcher, False))
+            if watcher.batches:
+                watcher.set_grid(self._solve(name, watcher, False))
+            watcher.statistic = None
         layers = []
         for name, module in self.module.named_modules():
             if isinstance(module, QuantModule) and module.specs.weights is not None:
@@ -203,6 +205,15 @@ def structure(
     return swap(copy.deepcopy(model).eval(), recipe, mapping) if mapping else model
 
 
+def assigned(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy of a model of quantized layers in which those that know no recipe yet have this one."""
+    module = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in module.modules():
+        if isinstance(layer, QuantModule) and layer.assigned is None:
+            layer.assign(recipe)
+    return module
+
+
 def graph_by_hand(
     module: nn.Module, example: Arguments, recipe: Recipe, target: Target, *, signature: inspect.Signature,
     notes: list[str], grid_of: Callable[[str, WatchingQuantizer, bool], Grid],
@@ -235,20 +246,24 @@ def quantize_by_hand(
     return prepared.convert(0)
 
 
-def convert_calibrated(model: nn.Module, example: Arguments, recipe: Recipe, target: Target) -> QuantizedModel:
+def convert_calibrated(model: nn.Module, example: Arguments, recipe: Recipe | None, target: Target) -> QuantizedModel:
     """A model of quantized layers that was calibrated, and perhaps trained, in place: its grids are kept."""
-    places = {name: m for name, m in model.named_modules() if isinstance(m, WatchingQuantizer)}
-    if missing := [name.rpartition(".")[0] for name, place in places.items() if place.grid is None]:
-        raise CalibrationError(
-            f"{', '.join(missing[:5])} {'have' if len(missing) > 1 else 'has'} no grid yet: run "
-            "bitsmith.nn.calibrate(model, batches) first"
-        )
-    module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def grid_of(name: str, quantizer: WatchingQuantizer, _: bool) -> Grid:
+        if quantizer.grid is None:
+            raise CalibrationError(
+                f"{name.rpartition('.')[0] or 'the model'!r} has no grid yet: run bitsmith.nn.calibrate(model, batches) "
+                "first"
+            )
+        return _stored(quantizer.grid, unsigned=target.unsigned_codes)
+
+    known = [m.assigned for m in model.modules() if isinstance(m, QuantModule) and m.assigned is not None]
+    recipe = recipe or (known[0] if known else load_recipe("int8"))
+    module = assigned(model, recipe)
     recipe = recipe.model_copy(update={"steps": tuple(s for s in recipe.steps if s.name == "fold_batch_norm")})
     return graph_by_hand(
-        module, example, recipe, target, signature=inspect.signature(model.forward), notes=[],
-        grid_of=lambda name, quantizer, _: _stored(quantizer.require_grid(), unsigned=target.unsigned_codes),
-    )  # fmt: skip
+        module, example, recipe, target, signature=inspect.signature(model.forward), notes=[], grid_of=grid_of
+    )
 
 
 def _stored(grid: Grid, *, unsigned: bool) -> Grid:

@@ -104,7 +104,7 @@ def _with_quantizer(prepared: PreparedModules, quantizer: type[WatchingQuantizer
 
 def convert(
     prepared: PreparedGraph | PreparedModules | nn.Module, *, memory: str | int = "4GB",
-    example_inputs: Any = None, recipe: str | Path | Recipe = "int8", target: str | Target = "onnxruntime",
+    example_inputs: Any = None, recipe: str | Path | Recipe | None = None, target: str | Target = "onnxruntime",
 ) -> QuantizedModel:  # fmt: skip
     """The quantized model of a prepared one that has seen its calibration batches.
 
@@ -113,7 +113,8 @@ def convert(
     captured, and simulates where they cannot. The prepared model is used up.
 
     A model written with ``bitsmith.nn`` layers that was calibrated in place (``bitsmith.nn.calibrate``), and perhaps
-    trained, is taken as well, with ``example_inputs``: it keeps its grids, and nothing else is quantized.
+    trained, is taken as well, with ``example_inputs``: it keeps its grids, and nothing else is quantized
+    (``recipe`` None: the one it was calibrated by).
     """
     if isinstance(prepared, PreparedGraph | PreparedModules):
         return prepared.convert(parse_memory(memory))
@@ -126,4 +127,5 @@ def convert(
         raise DataError("convert needs example_inputs to read a model of bitsmith.nn layers: one batch")
     with evaluation_mode(prepared):
         example = read_batches(prepared, [example_inputs])[0]
-        return convert_calibrated(prepared, example, load_recipe(recipe), get_target(target))
+        own = None if recipe is None else load_recipe(recipe)
+        return convert_calibrated(prepared, example, own, get_target(target))

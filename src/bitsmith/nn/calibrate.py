@@ -48,12 +48,18 @@ def calibrate(
     for watcher in watchers.values():
         watcher.watch()
     with evaluation_mode(model), torch.no_grad():
-        for args, kwargs in read_batches(model, batches, forward):
+        arguments = read_batches(model, batches, forward)
+        for args, kwargs in arguments:
             model(*args, **kwargs)
     for name, watcher in watchers.items():
+        if not watcher.batches:  # as self-attention never reads a key of its own
+            watcher.statistic = None
+            continue
         try:
-            watcher.fix(unsigned_codes=False)
+            watcher.fix()
         except CalibrationError as error:
             raise type(error)(f"no range for {name.rpartition('.')[0]!r}: {error}") from error
     for weight in weights:
         weight.enabled = True
+    with evaluation_mode(model), torch.no_grad():  # once on the grids, so that a state_dict has those of weights too
+        model(*arguments[-1][0], **arguments[-1][1])

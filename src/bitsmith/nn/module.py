@@ -49,6 +49,7 @@ class QuantModule(nn.Module):
     """
 
     specs: LayerSpecs = LayerSpecs()
+    assigned: Recipe | None = None
 
     def assign(self, recipe: Recipe) -> None:
         """Take from ``recipe`` what the module carries no spec for itself; what neither has a spec for stays float."""
@@ -59,6 +60,7 @@ class QuantModule(nn.Module):
                     child.assign(child.carried or spec)  # type: ignore[arg-type]
                 elif isinstance(child, WatchingQuantizer):
                     _take_out(module, name)
+        self.assigned = recipe
         self.specs = LayerSpecs(self.specs.weights or recipe.weights, self.specs.bias or recipe.bias)
 
     def leave_in_float(self) -> None:

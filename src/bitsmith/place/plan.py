@@ -178,18 +178,27 @@ def plan_marks(graph: fx.GraphModule, hand: Handwritten, marks: Marks) -> Plan:
         op = op_of(node)
         if op.name not in ("relu", "avg_pool", "global_avg_pool") or node in marks.values:
             continue
-        source = origin(operands(node)[0])
+        source = _marked_origin(operands(node)[0], marks)
         if (name := marks.values.get(source)) is not None:
             marks.values[node] = name
             if op.name == "relu" and len(source.users) == 1:
                 del marks.values[source]  # the clipping is that of the grid
     plan = Plan(values=dict.fromkeys(marks.values))
-    plan.edges = [edge for edge in marks.edges if origin(edge[0]) not in plan.values and edge[0] not in plan.values]
+    plan.edges = [edge for edge in marks.edges if _marked_origin(edge[0], marks) not in plan.values]
     for node in graph.graph.nodes:
-        if op_of(node).name == "matmul" and all(origin(source) in plan.values for source in operands(node)):
+        if op_of(node).name == "matmul" and all(
+            _marked_origin(source, marks) in plan.values for source in operands(node)
+        ):
             plan.layers.append(node)
     plan.layers += carrying(graph, hand, {"conv", "conv_transpose", "linear", "embedding"})
     return plan
+
+
+def _marked_origin(node: fx.Node, marks: Marks) -> fx.Node:
+    """The marked value whose codes a moved value carries; else where it comes from."""
+    while node not in marks.values and op_of(node).role == "move":
+        node = operands(node)[0]
+    return node
 
 
 def carrying(graph: fx.GraphModule, hand: Handwritten, operators: set[str]) -> list[fx.Node]:
