@@ -1,4 +1,4 @@
-"""What a Target or a range rule of your own must satisfy: call these from your tests.
+"""What a Target, range rule, quantizer or layer mapping of your own must satisfy: call these from your tests.
 
     from bitsmith.testing import check_target
     def test_my_chip() -> None:
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture.ops import _OPS
+from .eager.contracts import check_layer_mapping, check_quantizer
 from .errors import CalibrationError, NonFiniteError, RecipeError
 from .export import export_ai8x, export_onnx
 from .flow import quantize
@@ -29,7 +30,7 @@ from .recipe import NAMED, Recipe, bits_recipe
 from .targets import Target
 from .verify import verify
 
-__all__ = ["check_range_rule", "check_target"]
+__all__ = ["check_layer_mapping", "check_quantizer", "check_range_rule", "check_target"]
 
 
 def check_target(target: Target) -> None:

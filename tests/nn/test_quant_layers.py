@@ -270,7 +270,7 @@ def test_wrong_words_are_refused() -> None:
         bs.nn.QuantLinear(2, 2, weights=True)
     with pytest.raises(DataError, match="holds no quantized layer"):
         bs.nn.calibrate(nn.Linear(2, 2), [torch.zeros(2, 2)])
-    with pytest.raises(CalibrationError, match=r"run bitsmith\.nn\.calibrate"):
+    with pytest.raises(CalibrationError, match=r"run first bitsmith\.nn\.calibrate"):
         bs.convert(nn.Sequential(bs.nn.QuantIdentity(), bs.nn.QuantLinear(2, 2)), example_inputs=torch.zeros(2, 2))
     with pytest.raises(RecipeError, match="add_bias_kv"):
         bs.nn.QuantMultiheadAttention(4, 2, add_bias_kv=True)

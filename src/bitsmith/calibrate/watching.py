@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, IntFormat, Quantizer, TensorSpec
@@ -137,7 +137,8 @@ class WeightQuantizer(Quantizer):
         """The parameter on its grid, with a straight-through gradient; in float until ``enabled``."""
         if not self.enabled:
             return x
-        version = None if x.is_inference() else (x.data_ptr(), x._version)
+        kept = isinstance(x, nn.Parameter) and not x.is_inference()  # others may be new tensors in old memory
+        version = (x.data_ptr(), x._version) if kept else None
         if self.scale is None or version is None or version != self._seen:
             self.set_grid(weight_grid(x.detach(), self.spec, self.along))
             self._seen = version

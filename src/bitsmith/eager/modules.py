@@ -252,8 +252,8 @@ def convert_calibrated(model: nn.Module, example: Arguments, recipe: Recipe | No
     def grid_of(name: str, quantizer: WatchingQuantizer, _: bool) -> Grid:
         if quantizer.grid is None:
             raise CalibrationError(
-                f"{name.rpartition('.')[0] or 'the model'!r} has no grid yet: run bitsmith.nn.calibrate(model, batches) "
-                "first"
+                f"{name.rpartition('.')[0] or 'the model'!r} has no grid yet: run first "
+                "bitsmith.nn.calibrate(model, batches)"
             )
         return _stored(quantizer.grid, unsigned=target.unsigned_codes)
 

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .formats import FloatFormat, Format
+
+# Names that a RangeRule may have; ``bitsmith.ranges.register_range_rule`` adds to them.
+RANGE_RULES = {"minmax", "moving_average", "percentile", "mse", "histogram_l2", "kl", "hqo"}
 
 
 class RangeRule(BaseModel):
     """Which numbers the grid must cover: the name of a rule and its options.
 
     Names: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram_l2``, ``kl`` for activations and
-    ``minmax``, ``percentile``, ``mse``, ``hqo`` for weights (``bitsmith.ranges``).
+    ``minmax``, ``percentile``, ``mse``, ``hqo`` for weights (``bitsmith.ranges``), and those that you register there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["minmax", "moving_average", "percentile", "mse", "histogram_l2", "kl", "hqo"] = "minmax"
+    name: str = "minmax"
     percentile: float = Field(default=99.999, gt=50.0, le=100.0)
     momentum: float = Field(default=0.1, gt=0.0, le=1.0)
     candidates: int = Field(default=80, ge=4, le=10_000)
     bins: int = Field(default=2048, ge=64, le=1 << 20)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in RANGE_RULES:
+            raise ValueError(
+                f"no range rule is called {name!r}: known are {', '.join(sorted(RANGE_RULES))}; "
+                "bitsmith.ranges.register_range_rule adds one of your own"
+            )
+        return name
 
 
 class TensorSpec(BaseModel):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, RecipeError
 from ..grid.grid import Grid
-from ..grid.spec import TensorSpec
+from ..grid.spec import RANGE_RULES, TensorSpec
 from .clipping import histogram_l2, kl, mse
 from .histogram import Histogram
 from .solve import solve_grid
@@ -47,6 +47,24 @@ RULES: dict[str, Rule] = {
     "histogram_l2": Rule(lambda spec, _: Histogram(spec.range.bins), histogram_l2),
     "kl": Rule(lambda spec, _: Histogram(spec.range.bins), kl),
 }
+
+
+def register_range_rule(name: str, rule: Rule) -> None:
+    """Let recipes name a range rule of your own for activations: ``range: {name: ...}``.
+
+    ``bitsmith.testing.check_range_rule`` says whether it keeps the contract. A name that another rule has is refused.
+
+    >>> from bitsmith.grid import RangeRule
+    >>> register_range_rule("all", RULES["minmax"])
+    >>> RangeRule(name="all").name
+    'all'
+    >>> RANGE_RULES.remove(name := "all"), RULES.pop(name) is RULES["minmax"]
+    (None, True)
+    """
+    if not name or RULES.get(name, rule) is not rule or (name in RANGE_RULES and name not in RULES):
+        raise RecipeError(f"the name {name!r} is taken, or empty: give the range rule another one")
+    RULES[name] = rule
+    RANGE_RULES.add(name)
 
 
 def activation_statistic(spec: TensorSpec, expected_count: int | None = None) -> Statistic:
