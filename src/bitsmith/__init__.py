@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .deployment import deploy
+    from .dynamic import DynamicModel, quantize_dynamic
     from .eager import DeQuantStub, FloatFunctional, QuantStub, convert, fuse_modules, prepare
     from .errors import BitsmithError
     from .export import export_ai8x, export_onnx, export_pt2
@@ -27,6 +28,7 @@ _PUBLIC = {
     "BitsmithError": "errors",
     "Certificate": "verify",
     "DeQuantStub": "eager",
+    "DynamicModel": "dynamic",
     "FloatFunctional": "eager",
     "Override": "recipe",
     "QuantStub": "eager",
@@ -46,6 +48,7 @@ _PUBLIC = {
     "load_recipe": "recipe",
     "prepare": "eager",
     "quantize": "flow",
+    "quantize_dynamic": "dynamic",
     "save": "storage",
     "verify": "verify",
 }

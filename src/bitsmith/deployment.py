@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from .errors import DataError
 from .model import QuantizedModel
 from .verify.engines import Engine, EngineName, open_engine
 from .verify.verify import input_names
+
+if TYPE_CHECKING:
+    from .dynamic import DynamicModel
+    from .dynamic.torch_kernels import TorchDeployed
 
 
 class Deployed:
@@ -56,9 +60,12 @@ class Deployed:
 
 
 def deploy(
-    q: QuantizedModel | str | Path, engine: EngineName = "onnxruntime", *, threads: int | None = None
-) -> Deployed:
+    q: QuantizedModel | DynamicModel | str | Path, engine: EngineName | Literal["torch"] = "onnxruntime", *,
+    threads: int | None = None,
+) -> Deployed | TorchDeployed:  # fmt: skip
     """A callable that runs the quantized model, or an exported file, in ``engine``.
+
+    ``torch`` runs models of ``quantize_dynamic``, on the threads that torch has.
 
     >>> import bitsmith as bs
     >>> q = bs.quantize(torch.nn.Linear(4, 2), [torch.randn(32, 4)])
@@ -66,12 +73,17 @@ def deploy(
     >>> bool((deploy(q)(x) == q(x)).all())
     True
     """
+    if engine == "torch" and not isinstance(q, str | Path) and q.recipe.placement == "dynamic":
+        from .dynamic.torch_kernels import TorchDeployed
+
+        return TorchDeployed(q)  # type: ignore[arg-type]
     if engine not in ("onnxruntime", "openvino", "ai8x"):
         raise DataError(f"engine={engine!r} is not known: choose 'onnxruntime', 'openvino' or 'ai8x'")
-    if not isinstance(q, QuantizedModel):
+    if isinstance(q, str | Path):
         return Deployed(open_engine(q, engine, threads))
     from .export import export_ai8x, export_onnx
 
+    q = q.captured()
     folder = TemporaryDirectory(prefix="bitsmith-deploy-")
     if engine == "ai8x":
         path = export_ai8x(q, Path(folder.name) / "model.pth.tar")

@@ -169,6 +169,10 @@ def channels_last(graph: fx.GraphModule) -> None:
 def resolve(recipe: str | Path | Recipe, placement: PlacementName | None, overrides: Iterable[Override]) -> Recipe:
     """The Recipe with another placement and more overrides."""
     resolved = load_recipe(recipe)
+    if "dynamic" in (resolved.placement, placement):
+        raise RecipeError(
+            f"recipe {resolved.name!r} finds its scales at run time: use bitsmith.quantize_dynamic(model, recipe)"
+        )
     changes: dict[str, Any] = {}
     if placement is not None:
         changes["placement"] = placement

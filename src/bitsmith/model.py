@@ -66,6 +66,10 @@ class QuantizedModel(nn.Module):
         flat = [next(rest) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
         return self.graph.graph._codegen.process_outputs(flat)
 
+    def captured(self) -> QuantizedModel:
+        """The model as a graph: itself. What is quantized dynamically becomes one when a file is made of it."""
+        return self
+
     def integer_executor(self) -> Program:
         """The model in integer tensors alone: the oracle that simulation and files are held against."""
         return Program(self.graph, self.target, carrier="integer")

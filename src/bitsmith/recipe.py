@@ -10,10 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from .errors import RecipeError
-from .grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
+from .grid import FP8_E4M3, FloatFormat, IntFormat, RangeRule, TensorSpec
 from .steps import BiasCorrection, FoldBatchNorm, Gptq, Step, check_steps, dump_step, parse_step
 
-PlacementName = Literal["runtime", "fx", "layerwise", "flexml"]
+PlacementName = Literal["runtime", "fx", "layerwise", "flexml", "dynamic"]
 
 
 class Override(BaseModel):
@@ -103,9 +103,14 @@ class Recipe(BaseModel):
         for spec in (self.activations, *(o.activations for o in self.overrides)):
             if spec is None:
                 continue
+            if self.placement == "dynamic":
+                if not spec.dynamic:
+                    raise ValueError("placement 'dynamic' has no calibration: its activations must be dynamic too")
+                continue
             if spec.dynamic:
                 raise ValueError(
-                    "dynamic activations belong to bitsmith.quantize_dynamic; static quantization has none"
+                    "dynamic activations belong to bitsmith.quantize_dynamic and placement 'dynamic'; static "
+                    "quantization has none"
                 )
             if spec.granularity != "tensor":
                 raise ValueError(f"static activations have one scale per tensor, not per {spec.granularity}")
@@ -178,19 +183,38 @@ NAMED: dict[str, Recipe] = {
 }
 
 
+def _dynamic(name: str, weights: TensorSpec, activations: TensorSpec | None) -> Recipe:
+    return Recipe(name=name, weights=weights, activations=activations, bias=None, placement="dynamic", steps=())
+
+
+_ROWS = TensorSpec(format=IntFormat(8), granularity="channel")
+
+# Recipes of bitsmith.quantize_dynamic: activations get their scales at run time.
+DYNAMIC: dict[str, Recipe] = {
+    "int8-dynamic": _dynamic(
+        "int8-dynamic", _ROWS, TensorSpec(format=IntFormat(8, signed=False), symmetric=False, dynamic=True)
+    ),
+    "int8-dynamic-token": _dynamic(
+        "int8-dynamic-token", _ROWS, TensorSpec(format=IntFormat(8), granularity="token", dynamic=True)
+    ),
+    "fp16-dynamic": _dynamic("fp16-dynamic", TensorSpec(format=FloatFormat(5, 10, reserved="ieee")), None),
+}
+
+
 def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     """A Recipe from its name, a YAML file, or itself.
 
     >>> load_recipe("int9")
     Traceback (most recent call last):
     ...
-    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are ai8x, fp8, int16, int8, int8-po2, \
-int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
+    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are ai8x, fp16-dynamic, fp8, int16, \
+int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if isinstance(recipe, str) and recipe in NAMED:
-        return NAMED[recipe]
+    named = NAMED | DYNAMIC
+    if isinstance(recipe, str) and recipe in named:
+        return named[recipe]
     if not isinstance(recipe, str | Path):
         raise RecipeError(f"a recipe is a name, a Recipe or the path of a YAML file, not a {type(recipe).__name__}")
     path = Path(recipe)
@@ -200,6 +224,6 @@ int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"the recipe file {path} cannot be read: {error}") from error
     raise RecipeError(
-        f"no recipe is called {str(recipe)!r}: known names are {', '.join(sorted(NAMED))}; "
+        f"no recipe is called {str(recipe)!r}: known names are {', '.join(sorted(named))}; "
         "a path to a YAML file is taken too"
     )

@@ -8,7 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -32,27 +32,39 @@ from .recipe import load_recipe
 from .report.model import Report
 from .targets import Target
 
+if TYPE_CHECKING:
+    from .dynamic import DynamicModel
+
 MANIFEST, STATE, RECIPE = "quantized.json", "quantized.safetensors", "recipe.yaml"
 _VERSION = 1
 _LARGEST_INPUT = 1 << 32  # bytes; more is no input but an attack on the memory
 _FORMAT: TypeAdapter[Format] = TypeAdapter(Format)
 
 
-def save(q: QuantizedModel, folder: str | Path) -> Path:
+def save(q: QuantizedModel | DynamicModel, folder: str | Path) -> Path:
     """Write ``q`` into ``folder``: ``quantized.safetensors``, ``quantized.json`` and ``recipe.yaml``.
 
     Each file appears whole or not at all, the manifest last. ``bitsmith.load(folder, model)`` reads them back.
     """
     folder = prepare_output_dir(folder)
-    state = {name: value.contiguous() for name, value in _unique_state(q.graph).items()}
     manifest = {
         "version": _VERSION,
         "target": q.target.model_dump(mode="json"),
-        "inputs": _describe_inputs(q.graph),
-        "structure": q.graph.meta.get("structure", []),
-        "quantizers": {name: _describe(quantizer) for name, quantizer in _quantizers(q.graph)},
+        "inputs": {},
+        "quantizers": {},
         "report": q.report.model_dump(mode="json"),
     }
+    if isinstance(q, QuantizedModel):
+        state = {name: value.contiguous() for name, value in _unique_state(q.graph).items()}
+        manifest |= {
+            "inputs": _describe_inputs(q.graph),
+            "structure": q.graph.meta.get("structure", []),
+            "quantizers": {name: _describe(quantizer) for name, quantizer in _quantizers(q.graph)},
+        }
+    else:
+        from .dynamic.storage import state_of
+
+        state = state_of(q)
     with atomic_write(folder / STATE) as path:
         save_file(state, path)
     write_text(folder / RECIPE, q.recipe.to_yaml())
@@ -62,7 +74,7 @@ def save(q: QuantizedModel, folder: str | Path) -> Path:
 
 def load(
     folder: str | Path, model: nn.Module, *, mapping: Mapping[type[nn.Module], LayerMapping] | None = None
-) -> QuantizedModel:
+) -> QuantizedModel | DynamicModel:
     """The quantized model saved in ``folder``; ``model`` is the float model it came from, and gives the structure.
 
     Its weights come from the folder; ``mapping`` is what ``bitsmith.prepare`` was given. Raises CheckpointError where a
@@ -84,6 +96,10 @@ def load(
         report = Report.model_validate(manifest["report"])
     except ValidationError as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if recipe.placement == "dynamic":
+        from .dynamic.storage import restore
+
+        return restore(model, recipe, target, report, state, folder)
     with evaluation_mode(model):
         example = _example_inputs(manifest)
         module = structure(model, recipe, example, mapping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
             module.training = mode
 
 
-def capture(model: nn.Module, arguments: Arguments | Any) -> fx.GraphModule:
+def capture(
+    model: nn.Module, arguments: Arguments | Any, *, free_axes: tuple[int, ...] = (0,), whole_attention: bool = False
+) -> fx.GraphModule:
     """The LayerGraph of a model: an ``fx.GraphModule`` of ``torch.nn`` layers under their own names.
 
     ``arguments`` is ``(args, kwargs)`` of one batch, or a tuple of positional arguments. The model is not
     changed: its weights are copied. Raises CaptureError with the line of the user's code that cannot be read,
-    and DataError where the model itself does not take the batch.
+    and DataError where the model itself does not take the batch. ``free_axes`` of the inputs may have other sizes
+    later, where the model's code allows it; ``whole_attention`` keeps scaled_dot_product_attention as one operator.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     >>> graph = capture(net, (torch.zeros(2, 3, 8, 8),))
@@ -55,11 +59,12 @@ def capture(model: nn.Module, arguments: Arguments | Any) -> fx.GraphModule:
         model = getattr(model, _WRAPPERS[type(model).__name__])
     check_finite(model)
     with evaluation_mode(model), marking(model):
-        attempts = ((export_graph, True), (trace_graph, True), (export_graph, False))
+        export = partial(export_graph, free_axes=free_axes)
+        attempts = ((export, True), (trace_graph, True), (export, False))
         failures: list[Exception] = []
         for attempt, dynamic in attempts:
             try:
-                graph = normalize(attempt(model, arguments, dynamic_batch=dynamic))
+                graph = normalize(attempt(model, arguments, dynamic_batch=dynamic), whole_attention=whole_attention)
                 _check_agrees(model, graph, arguments, other_size=dynamic)
             except Exception as error:  # torch raises many types here; all are reported below
                 failures.append(error)

@@ -47,16 +47,18 @@ def at_least_two(arguments: Arguments) -> Arguments:
     return torch.utils._pytree.tree_map(repeat, args), torch.utils._pytree.tree_map(repeat, kwargs)
 
 
-def export_graph(model: nn.Module, arguments: Arguments, *, dynamic_batch: bool = True) -> fx.GraphModule:
+def export_graph(
+    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool = True, free_axes: tuple[int, ...] = (0,)
+) -> fx.GraphModule:
     """The model as a functional ATen graph with its parameters as attributes.
 
-    The leading dimension of every input tensor is dynamic where the model's own code allows it.
+    The ``free_axes`` of every input tensor, the leading one, are dynamic where the model's own code allows it.
     """
     args, kwargs = at_least_two(arguments) if dynamic_batch else arguments
 
     def dims(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim:
-            return {0: torch.export.Dim.AUTO}
+            return {axis: torch.export.Dim.AUTO for axis in free_axes if axis < value.ndim}
         return None
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments

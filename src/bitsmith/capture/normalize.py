@@ -18,12 +18,12 @@ _ASSERTIONS = {"_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "normal", "multinomial"}
 
 
-def normalize(graph: fx.GraphModule) -> fx.GraphModule:
+def normalize(graph: fx.GraphModule, *, whole_attention: bool = False) -> fx.GraphModule:
     """The LayerGraph of a functional ATen graph; parametric calls become modules under their own names."""
     simplify(graph)
     _drop_no_ops(graph)
     _fold_constants(graph)
-    write_out(graph)
+    write_out(graph, whole_attention=whole_attention)
     layered = _calls_to_layers(graph)
     layered.graph.eliminate_dead_code()
     layered.graph.lint()

@@ -26,11 +26,12 @@ def simplify(graph: fx.GraphModule) -> None:
     _einsums_to_products(graph)
 
 
-def write_out(graph: fx.GraphModule) -> None:
+def write_out(graph: fx.GraphModule, *, whole_attention: bool = False) -> None:
     """Composite operators in the vocabulary of a LayerGraph."""
     _merge_means(graph)
     _one_dimensional_pools(graph)
-    _decompose_attention(graph)
+    if not whole_attention:
+        _decompose_attention(graph)
 
 
 def inline_regions(graph: fx.GraphModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,13 @@ from ..errors import ExportError
 from ..files import atomic_write
 from ..model import QuantizedModel
 
+if TYPE_CHECKING:
+    from ..dynamic import DynamicModel
+
 
 def export_onnx(
-    q: QuantizedModel, path: str | Path, style: Literal["qdq", "qcdq"] = "qdq", *, opset: int | None = None,
-    pack_int4: bool = True,
+    q: QuantizedModel | DynamicModel, path: str | Path, style: Literal["qdq", "qcdq"] = "qdq", *,
+    opset: int | None = None, pack_int4: bool = True,
 ) -> Path:  # fmt: skip
     """Write ``q`` as ONNX: integer weights, int32 biases, QuantizeLinear and DequantizeLinear around codes.
 
@@ -31,9 +34,11 @@ def export_onnx(
     """
     from .onnx import build_onnx, save_onnx
 
+    q = q.captured()
     model = build_onnx(
         q.graph, style=style, opset=opset, pack_int4=pack_int4, uint8_activations=q.target.unsigned_codes,
         on_codes=q.program.layers_on_codes if style == "qdq" else (),
+        for_onnxruntime=q.recipe.placement == "dynamic" and q.target.engine == "onnxruntime",
     )  # fmt: skip
     return save_onnx(model, Path(path))
 
@@ -49,11 +54,12 @@ class _Simulation(nn.Module):
         return self.layers(*args)
 
 
-def export_pt2(q: QuantizedModel, path: str | Path) -> Path:
+def export_pt2(q: QuantizedModel | DynamicModel, path: str | Path) -> Path:
     """Write the fake-quantized model as a ``.pt2`` file, which ``torch.export.load`` reads without Bitsmith.
 
     It computes in float on the grids; it is no integer file. Raises ExportError where torch.export refuses the model.
     """
+    q = q.captured()
     placeholders = [n.meta.get("val") for n in q.graph.graph.nodes if n.op == "placeholder"]
     if not all(isinstance(value, Tensor) for value in placeholders):
         raise ExportError("export_pt2 takes models whose inputs are all tensors")

@@ -42,7 +42,8 @@ class TensorSpec(BaseModel):
     """A Format plus everything that turns it into a grid for one tensor.
 
     ``symmetric`` fixes the zero point at 0 (an affine integer grid finds its own). With ``auto_unsigned`` a tensor
-    that is known to be non-negative gets the unsigned format of the same width and zero point 0.
+    that is known to be non-negative gets the unsigned format of the same width and zero point 0. Granularity
+    ``"token"`` is a scale for each vector along the last axis, found at run time (``dynamic``).
 
     >>> from bitsmith.grid import IntFormat
     >>> TensorSpec(format=IntFormat(8), symmetric=True, granularity="channel").format.bits
@@ -56,7 +57,7 @@ class TensorSpec(BaseModel):
     po2_rounding: Literal["ceil", "nearest"] = "ceil"
     symmetric: bool = True
     auto_unsigned: bool = True
-    granularity: Literal["tensor", "channel", "group"] = "tensor"
+    granularity: Literal["tensor", "channel", "group", "token"] = "tensor"
     axis: int | None = Field(default=None, description="channel or group axis; None: the operator's own")
     group_size: int | None = Field(default=None, ge=1)
     range: RangeRule = RangeRule()
@@ -75,6 +76,8 @@ class TensorSpec(BaseModel):
     def _consistent(self) -> TensorSpec:
         if (self.group_size is not None) != (self.granularity == "group"):
             raise ValueError("group_size goes with granularity 'group', and only with it")
+        if self.granularity == "token" and not self.dynamic:
+            raise ValueError("granularity 'token' is found at run time: it goes with dynamic: true")
         if isinstance(self.format, FloatFormat) and not self.symmetric:
             raise ValueError("a float format has no zero point: symmetric must be true")
         return self

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from ..grid import FloatFormat, IntFormat
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
 from .engines import Engine, EngineName, companion_files, engine_for, open_engine
+
+if TYPE_CHECKING:
+    from ..dynamic import DynamicModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ _PASSIVE = {"reshape", "transpose", "slice", "getitem", "max_pool", "pad", "resi
 
 
 def verify(
-    q: QuantizedModel, path: str | Path, inputs: Any, *, engine: EngineName | None = None,
+    q: QuantizedModel | DynamicModel, path: str | Path, inputs: Any, *, engine: EngineName | None = None,
     max_lsb: float | None = None,
 ) -> Certificate:  # fmt: skip
     """Hold an exported file against the model it came from, on ``inputs`` (batches, as for calibration).
@@ -47,6 +50,7 @@ def verify(
     the model, else ``Bounds`` by what follows the operators that the runtime computes in float. The certificate says
     whether it passed; nothing is raised for a difference, only for a file that cannot be run.
     """
+    q = q.captured()
     if engine is None:
         engine = engine_for(q.target.engine)
     runtime = open_engine(path, engine)
@@ -100,6 +104,8 @@ def _bounds(q: QuantizedModel, runtime: Engine) -> Bounds:
     activations = q.recipe.activations
     if activations is not None and isinstance(activations.format, FloatFormat):
         return SMALL_FLOAT_TIES
+    if any(str(n.target).startswith("bitsmith.dynamic") and "float" not in n.args for n in q.graph.graph.nodes):
+        return TIES
     floats = set(_float_nodes(q))
     unknown = not q.target.exact or runtime.name not in _EXACT or bool(runtime.float_compute_kernels and not floats)
     tainted: set[fx.Node] = set()
@@ -126,7 +132,7 @@ def _float_nodes(q: QuantizedModel) -> list[fx.Node]:
         and node.op in ("call_function", "call_module")
         and op_of(node).name not in _PASSIVE
         and quantizer_of(node) is None
-        and isinstance(node.meta.get("val"), Tensor)
+        and any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(node.meta.get("val")))
     ]
 
 
@@ -243,5 +249,7 @@ def file_bytes(path: Path) -> int:
 
 def float_bytes(q: QuantizedModel) -> int:
     """Bytes of the float parameters, each counted once."""
+    if "float_bytes" in q.graph.meta:
+        return int(q.graph.meta["float_bytes"])
     unique = {id(p): p.numel() * p.element_size() for p in q.graph.parameters()}
     return sum(unique.values())

@@ -15,7 +15,18 @@ from torch.utils._pytree import tree_leaves
 from ...errors import ExportError
 from ...grid import Quantizer
 from ...place.layers import QuantLayer
-from . import ops_activation, ops_create, ops_layers, ops_math, ops_matmul, ops_pool, ops_resize, ops_shape
+from . import (
+    ops_activation,
+    ops_create,
+    ops_dynamic,
+    ops_layers,
+    ops_math,
+    ops_matmul,
+    ops_pool,
+    ops_recurrent,
+    ops_resize,
+    ops_shape,
+)
 from .builder import Builder, Style
 from .on_codes import write_on_codes
 from .quantize_nodes import emit_activation, parameter_grid, parameter_writer
@@ -23,7 +34,8 @@ from .registry import FUNCTIONS, LAYERS, Call, LayerCall, operator_name, unsuppo
 
 # Importing these modules fills the registry.
 _OPERATORS = (
-    ops_activation, ops_create, ops_layers, ops_math, ops_matmul, ops_pool, ops_resize, ops_shape,
+    ops_activation, ops_create, ops_dynamic, ops_layers, ops_math, ops_matmul, ops_pool, ops_recurrent, ops_resize,
+    ops_shape,
 )  # fmt: skip
 
 OLDEST_OPSET = 13
@@ -44,6 +56,7 @@ def build_onnx(
     pack_int4: bool = True,
     uint8_activations: bool = False,
     on_codes: Collection[fx.Node] = (),
+    for_onnxruntime: bool = False,
 ) -> onnx.ModelProto:
     """A LayerGraph, quantized or not, as a checked ONNX model with the shape of every tensor.
 
@@ -59,6 +72,9 @@ def build_onnx(
     ``on_codes`` are layers written so that a float kernel multiplies their codes: input and weight dequantized with
     scale 1, and the scale ``s_x * s_w`` in a Mul behind. float32 holds such sums exactly, in whatever order.
 
+    ``for_onnxruntime`` allows onnxruntime's own operators (``com.microsoft``), which other runtimes do not know, and
+    prefers what its kernels run fastest.
+
     Inputs are named after the parameters of ``forward`` and outputs after their nodes, unless named here. The
     leading dimension is free (``batch``) where it is in the graph.
     """
@@ -67,7 +83,7 @@ def build_onnx(
         raise ExportError(f"style={style!r}: ONNX export knows 'qdq' and 'qcdq'")
     if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise ExportError(f"opset={opset}: ONNX export writes opsets {OLDEST_OPSET} to {NEWEST_OPSET}")
-    builder = Builder(opset, style, pack_int4, uint8_activations, frozenset(on_codes))
+    builder = Builder(opset, style, pack_int4, uint8_activations, frozenset(on_codes), for_onnxruntime)
     inputs = _write_inputs(builder, graph, input_names)
     with torch.no_grad():
         for node in graph.graph.nodes:
@@ -241,6 +257,7 @@ def _prune(builder: Builder, outputs: list[str]) -> None:
 
 def _finish(builder: Builder, graph: fx.GraphModule, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
     opset = [helper.make_opsetid("", builder.opset)]
+    others = sorted({node.domain for node in builder.nodes if node.domain})
     made = {name for node in builder.nodes for name in node.output} - set(outputs)
     proto = helper.make_graph(
         builder.nodes,
@@ -250,7 +267,10 @@ def _finish(builder: Builder, graph: fx.GraphModule, inputs: list[str], outputs:
         value_info=[info for name, info in builder.infos.items() if name in made],
     )
     model = helper.make_model(
-        proto, opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset), producer_name="bitsmith"
+        proto,
+        opset_imports=[*opset, *(helper.make_opsetid(domain, 1) for domain in others)],
+        ir_version=helper.find_min_ir_version_for(opset),
+        producer_name="bitsmith",
     )
     _infer_and_check(model, builder)
     model.graph.initializer.extend(builder.initializers.values())

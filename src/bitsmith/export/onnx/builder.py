@@ -56,6 +56,7 @@ class Builder:
     pack_int4: bool = True
     uint8_activations: bool = False
     on_codes: frozenset[fx.Node] = frozenset()
+    for_onnxruntime: bool = False
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     infos: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
