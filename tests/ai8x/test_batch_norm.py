@@ -8,6 +8,7 @@ from torch import nn
 
 from bitsmith.ai8x.batch_norm import BatchNormError, check_batch_norms, fuse_batch_norms
 from bitsmith.ai8x.command import main
+from bitsmith.errors import BitsmithError
 
 
 def norm(channels: int, affine: bool = True) -> nn.BatchNorm2d:
@@ -79,6 +80,20 @@ def test_a_normalization_without_a_layer_is_named():
     state = {f"bn.{key}": value for key, value in norm(5).state_dict().items()}
     with pytest.raises(BatchNormError, match="bn has 5 channels"):
         fuse_batch_norms({"c.weight": torch.zeros(3, 3, 1, 1), **state}, lambda kind, text: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("bn.running_var", torch.ones(4), "bn.running_var has the shape"),
+        ("c.bias", torch.ones(4), "c.bias has the shape"),
+        ("c.weight", 3, "a int where a plain tensor should be"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(key, value, message):
+    state = {"c.weight": torch.ones(5, 3, 1, 1), **{f"bn.{k}": v for k, v in norm(5).state_dict().items()}}
+    with pytest.raises(BitsmithError, match=message):
+        fuse_batch_norms({**state, key: value}, lambda kind, text: None)
 
 
 def test_what_is_not_fused_is_refused_or_warned_of():

@@ -242,3 +242,16 @@ def test_masks_and_the_optimizer(work):
     save(layer("a"), compression_sched={"masks_dict": None})
     convert()
     assert read_checkpoint("out.pth")["compression_sched"] == {"masks_dict": None}
+
+
+def test_one_number_has_no_standard_deviation(work, capsys):
+    save({"a.op.weight": torch.ones(1, 1)})
+    convert("--clip-method", "STDDEV", status=1)
+    assert "a.op.weight has no STDDEV statistic (nan)" in capsys.readouterr().err
+    assert convert("--clip-method", "STDDEV", "--compat")["a.op.weight"].isnan().all()
+
+
+def test_a_vector_is_no_layer(work, capsys):
+    save({"ln.weight": torch.ones(4)})
+    convert()
+    assert "WARNING: ln.weight has one dimension" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import torch
 from bitsmith.ai8x.archive import Unusual, read_archive, write_archive
 from bitsmith.ai8x.checkpoint import read_checkpoint, read_stored, to_torch, write_checkpoint
 from bitsmith.ai8x.command import main
-from bitsmith.errors import CheckpointError, OutputError
+from bitsmith.errors import CheckpointError
 
 
 def checkpoint(**changes):
@@ -167,10 +167,38 @@ def test_a_disk_that_is_full_or_read_only_keeps_the_old_output(work, capsys, mon
     assert (work / "out.pth").read_bytes() == b"what was there before"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_really_full_device(tmp_path):
-    with pytest.raises(OutputError):
-        write_checkpoint(checkpoint(), "/dev/full/x")
+def test_a_file_size_limit_of_the_system_keeps_the_old_output(work):
+    resource = pytest.importorskip("resource")
+    torch.save(checkpoint(more=torch.zeros(10_000)), "in.pth")
+    code = "from bitsmith.cli import main\nimport sys\nsys.argv[1:] = 'ai8x in.pth out.pth --device 85'.split()\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("ERROR: cannot write 'out.pth'")
+    assert [entry.name for entry in sorted(work.iterdir())] == ["in.pth", "out.pth"]
+    assert Path("out.pth").read_bytes() == b"what was there before"
+
+
+def test_a_file_nested_without_end(work, capsys):
+    deep = 10**5
+    text = b"X\x0a\x00\x00\x00state_dict}X\x06\x00\x00\x00extras}X\x01\x00\x00\x00x" + b"]" * deep + b"a" * (deep - 1)
+    with zipfile.ZipFile("in.pth", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}(" + text + b"su.")
+        archive.writestr("a/version", "3\n")
+    fails(capsys, "nested deeper than any training checkpoint")
+
+
+def test_names_that_no_terminal_can_print(work):
+    torch.save(checkpoint(state_dict={"\udc80.op.weight": torch.ones(1, 1)}), "in.pth")
+    code = (
+        "from bitsmith.cli import main\nimport sys\nsys.argv[1:] = 'ai8x in.pth out.pth --device 85 -v'.split()\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_file_in_place_may_be_input_and_output(work):

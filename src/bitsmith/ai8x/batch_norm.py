@@ -89,20 +89,21 @@ def _fuse(state: State, prefix: str, layer: str, part: float) -> State:
     kind = weights.dtype.type
 
     def values(name: str, default: float) -> NDArray[Any]:
-        key = f"{prefix}.{name}"
-        return as_array(state[key]).astype(kind) if key in state else np.full(channels.shape, default, kind)
+        key = name if name == bias_key else f"{prefix}.{name}"
+        found = as_array(state[key]).astype(kind) if key in state else np.full(channels.shape, default, kind)
+        if found.shape != channels.shape:
+            raise BatchNormError(f"{key} has the shape {found.shape}: {prefix} has {channels.size} channels.")
+        return found
 
-    channels = as_array(state[f"{prefix}.running_mean"])
+    bias_key, channels = f"{layer}.bias", as_array(state[f"{prefix}.running_mean"])
     gain = kind(part) * values("weight", 1) / np.sqrt(values("running_var", 1) + kind(EPSILON))
     # The output channels of a transposed convolution are its second axis; a square one cannot be told from its shape.
     axis = 0 if weights.shape[0] == channels.size else 1
     along = [1] * weights.ndim
     along[axis] = -1
-    bias_key = f"{layer}.bias"
-    bias = as_array(state[bias_key]) if bias_key in state else np.zeros(channels.shape, kind)
     changed = {
         f"{layer}.weight": weights * gain.reshape(along),
-        bias_key: (bias - values("running_mean", 0)) * gain + kind(part) * values("bias", 0),
+        bias_key: (values(bias_key, 0) - values("running_mean", 0)) * gain + kind(part) * values("bias", 0),
     }
     result = type(state)()
     for key, value in state.items():

@@ -77,6 +77,8 @@ def as_array(tensor: Any) -> NDArray[Any]:
         return tensor
     if isinstance(tensor, StoredTensor):
         return tensor.array
+    if not is_tensor(tensor):
+        raise CheckpointError(f"the checkpoint has a {type(tensor).__name__} where a plain tensor should be")
     plain = tensor.detach()
     if plain.numel() > plain.untyped_storage().nbytes():
         raise CheckpointError(f"a tensor of shape {tuple(plain.shape)} repeats its numbers instead of holding them")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from dataclasses import dataclass
 
 from ..errors import BitsmithError
 from .console import tell
+from .convert import quantize_file
 from .devices import Device, UnknownDeviceError, find_device
 from .quantize import CLIP_METHODS, DEFAULT_SCALE, DEFAULT_STDDEV, Options, QuantizeError
 
@@ -133,11 +135,7 @@ def _or_default(method: str, chosen: str | None, given: float | None) -> float:
 
 
 def run(arguments: Arguments) -> None:
-    """Read, quantize, write."""
-    from .batch_norm import fuse_batch_norms
-    from .checkpoint import read_stored, write_checkpoint
-    from .quantize import quantize_checkpoint
-
+    """Say what is done, and do it."""
     options = arguments.options
     print("Configuring device:", options.device.name)
     network = None
@@ -147,19 +145,23 @@ def run(arguments: Arguments) -> None:
         print(f"Reading {arguments.config_file} to configure network...")
         network = read_network(arguments.config_file, options.device, tell)
     print("Converting checkpoint file", arguments.input, "to", arguments.output)
-    checkpoint = read_stored(arguments.input)
-    if arguments.fuse_bn and isinstance(checkpoint.get("state_dict"), dict):
-        checkpoint["state_dict"] = fuse_batch_norms(checkpoint["state_dict"], tell)
-    result = quantize_checkpoint(checkpoint, options, network, print if arguments.verbose else None, tell)
-    if arguments.drop_optimizer:
-        result.pop("optimizer_state_dict", None)
-        result.pop("optimizer_type", None)
-    write_checkpoint(result, arguments.output)
+    quantize_file(
+        arguments.input,
+        arguments.output,
+        options,
+        network,
+        fuse_bn=arguments.fuse_bn,
+        drop_optimizer=arguments.drop_optimizer,
+        say=print if arguments.verbose else None,
+        notify=tell,
+    )
 
 
 def main(words: list[str]) -> int:
     """``bitsmith ai8x WORDS``; the exit status: 0 done or interrupted, 1 an error, 2 (SystemExit) wrong usage."""
     arguments = parse(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in a file may be anything
     try:
         run(arguments)
     except QuantizeError as error:
@@ -170,6 +172,8 @@ def main(words: list[str]) -> int:
         return 0
     except MemoryError:
         return _failed(f"{arguments.input!r} needs more memory than there is.")
+    except RecursionError:
+        return _failed(f"{arguments.input!r} is nested deeper than any training checkpoint.")
     return 0
 
 

@@ -67,6 +67,16 @@ def split_key(key: str) -> tuple[str | None, str | None, str]:
     return (parts[0], None, parts[1]) if len(parts) == 2 else (None, None, key)
 
 
+def state_of(checkpoint: dict[str, Any]) -> State:
+    """The checkpoint's tensors by name."""
+    if "state_dict" not in checkpoint:
+        raise QuantizeError("No `state_dict` in checkpoint file.")
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise QuantizeError("`state_dict` in the checkpoint file is not a mapping from names to tensors.")
+    return state
+
+
 def quantize_checkpoint(
     checkpoint: dict[str, Any],
     options: Options,
@@ -79,11 +89,7 @@ def quantize_checkpoint(
     Changed entries are NumPy arrays; all others are the caller's own objects. ``network`` may set the bits of layers.
     ``say`` gets the lines of the verbose output; ``notify`` gets warnings. Raises QuantizeError, NonFiniteError.
     """
-    state = checkpoint.get("state_dict")
-    if "state_dict" not in checkpoint:
-        raise QuantizeError("No `state_dict` in checkpoint file.")
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise QuantizeError("`state_dict` in the checkpoint file is not a mapping from names to tensors.")
+    state = state_of(checkpoint)
     if say is not None:
         say(f"\nModel keys (state_dict):\n{', '.join(state)}")
     result = dict(checkpoint)
@@ -196,6 +202,7 @@ class _Walk:
         bias = self._floats(bias_key) if bias_key in self.state else None
         exponent, factor, shown = self._factor(key, layer, weights, bias, bits)
         self._tell(key, weights, shown, bits)
+        self._warn(key, weights)
         if binary:
             one = weights.dtype.type(1)
             self.new[key] = np.where(weights >= 0, one, -one)
@@ -250,6 +257,8 @@ class _Walk:
         else:
             find = arithmetic.maximum if method == "MAX" else arithmetic.average_maximum
             saturation = find(weights)
+        if not self.options.compat and not np.isfinite(saturation):
+            raise QuantizeError(f"{key} has no {method} statistic ({saturation}): use another --clip-method.")
         return None, kind(unit) * saturation, kind(unit) * saturation
 
     def _quantile(self, layer: str) -> tuple[float, tuple[int, ...]]:
@@ -339,8 +348,15 @@ class _Walk:
                 average, largest = arithmetic.average_maximum(values), arithmetic.maximum(values)
             words = ("avg_max:", average, "max:", largest, "mean:", mean(values), "factor:", factor, "bits:", bits)
             self.say(" ".join([key, *(word if isinstance(word, str) else shortest(word) for word in words)]))
-        if not self.options.compat and key.endswith(".weight") and not values.any():
+
+    def _warn(self, key: str, weights: NDArray[Any]) -> None:
+        """Of what the loader will not like, or the network not survive."""
+        if self.options.compat:
+            return
+        if not weights.any():
             self.notify("WARNING", f"All weights for `{key}` are zero.")
+        if weights.ndim == 1:
+            self.notify("WARNING", f"{key} has one dimension: the loader takes layers only, not normalization.")
 
     def _conclude(self) -> None:
         if self.options.compat:
