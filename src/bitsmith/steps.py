@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Stage = Literal["prepare", "weights", "bias"]
 
@@ -61,16 +61,52 @@ class SplitChannels(_Step):
     side: Literal["input", "output"] = Field(default="input", description="whose weights are halved")
 
 
-class Gptq(_Step):
-    """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error.
-
-    ``asymmetric`` (arXiv 2504.02692): they make up for the error of the layer's inputs as well.
-    """
+class ColumnByColumn(_Step):
+    """What the algorithms have in common that round weights column by column."""
 
     stage: ClassVar[Stage] = "weights"
     samples: ClassVar[int] = 512
+    act_order: bool = Field(default=True, description="round the columns of the strongest inputs first")
+    scales: int = Field(
+        default=1, ge=1, le=64,
+        description="how many scales to try, from the range rule's own down to half of it; the least output error wins",
+    )  # fmt: skip
+    block_size: int = Field(default=64, ge=1, description="columns whose effect on the rest is put off; memory only")
+    accumulator_bits: int | None = Field(
+        default=None, ge=4, le=64, description="no sum of products may leave this many bits, whatever the inputs"
+    )
+
+
+class Gptq(ColumnByColumn):
+    """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error."""
+
     name: Literal["gptq"] = "gptq"
-    asymmetric: bool = False
+    damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
+    asymmetric: bool = Field(
+        default=False, description="make up for the error of the layer's inputs as well (arXiv 2504.02692)"
+    )
+    inputs: Literal["quantized", "float"] = Field(
+        default="quantized", description="take the Hessian of what arrives through the quantized layers before, or not"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Gptq:
+        if self.asymmetric and self.inputs == "float":
+            raise ValueError("gptq: asymmetric makes up for the error of quantized inputs, so inputs cannot be float")
+        return self
+
+
+class Gpfq(ColumnByColumn):
+    """GPFQ (arXiv 2201.11113): follow the float layer's output column by column, from quantized inputs."""
+
+    name: Literal["gpfq"] = "gpfq"
+
+
+class Qronos(ColumnByColumn):
+    """Qronos (arXiv 2505.11695): take back the error of the layers before, then spread that of each column as GPTQ."""
+
+    name: Literal["qronos"] = "qronos"
+    damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
 
 
 class BiasCorrection(_Step):
@@ -88,7 +124,15 @@ class ReestimateBatchNorm(_Step):
 
 
 Step = Annotated[
-    FoldBatchNorm | Equalize | EqualizeActivations | SplitChannels | Gptq | BiasCorrection | ReestimateBatchNorm,
+    FoldBatchNorm
+    | Equalize
+    | EqualizeActivations
+    | SplitChannels
+    | Gptq
+    | Gpfq
+    | Qronos
+    | BiasCorrection
+    | ReestimateBatchNorm,
     Field(discriminator="name"),
 ]
 

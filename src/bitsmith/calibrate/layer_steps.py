@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from ..capture.ops import quantizer_of
+from ..errors import CalibrationError
+from ..grid import Grid
 from ..optimize import batch_norm, layer_step
+from ..optimize.accumulator import clamp_bias
 from ..optimize.batch_norm import ChannelMoments
 from ..optimize.bias_correction import ChannelMean, correct_bias
 from ..optimize.visit import LayerStep, LayerVisit, StepLog, Stream
 from ..place.layers import QuantLayer
 from ..place.plan import layer_name
-from ..steps import Step
+from ..steps import ColumnByColumn, Step
 from .bias import set_bias_grid
 from .stages import Stage
 
@@ -30,6 +34,8 @@ class LayerSteps:
     def __init__(self, walk: Walk, steps: tuple[Step, ...]) -> None:
         self.walk = walk
         self.rounding: list[LayerStep] = [layer_step(step) for step in steps if step.stage == "weights"]
+        bits = [step.accumulator_bits for step in steps if isinstance(step, ColumnByColumn)]
+        self.accumulator_bits = bits[0] if bits else None
         self.calls = Counter(id(s.layer.layer) for s in walk.stages if s.layer is not None)
         self.log: list[StepLog] = []
         self.correction = next((step.name for step in steps if step.stage == "bias"), None)
@@ -69,18 +75,29 @@ class LayerSteps:
             log = StepLog(step.name, layer_name(node))
             log.skipped = "its weights are shared by several calls" if self._is_shared(layer) else step.refusal(layer)
             if not log.skipped:
-                self._run(step, LayerVisit(log.layer, layer, partial(self._inputs, stage, node)), log)
+                visit = LayerVisit(log.layer, layer, partial(self._inputs, stage, node), _input_grid(node))
+                self._run(step, visit, log, node)
+            elif self.accumulator_bits is not None and not isinstance(layer.layer, nn.Embedding):
+                raise CalibrationError(
+                    f"accumulator_bits={self.accumulator_bits} cannot be kept in layer {log.layer!r}: {log.skipped}; "
+                    "exclude it by an override, or drop accumulator_bits"
+                )
             self.log.append(log)
 
-    def _run(self, step: LayerStep, visit: LayerVisit, log: StepLog) -> None:
+    def _run(self, step: LayerStep, visit: LayerVisit, log: StepLog, node: fx.Node) -> None:
         """One step on one layer; where the error of the layer's output has grown, the layer is put back."""
         start = time.perf_counter()
-        weight = visit.layer.weight
-        original = weight.detach().clone()
+        weight, quantizer = visit.layer.weight, visit.layer.weight_quantizer
+        assert quantizer is not None
+        original, grid = weight.detach().clone(), quantizer.require_grid()
         log.before, log.after = step.run(visit)
         if not log.after <= log.before:
             weight.data.copy_(original)
+            quantizer.set_grid(grid)
             log.undone = True
+        elif quantizer.scale is not grid.scale:
+            set_bias_grid(visit.layer, node)
+        log.note = "; ".join(visit.notes)
         log.seconds = time.perf_counter() - start
 
     def _inputs(self, stage: Stage, node: fx.Node, stream: Stream) -> Iterator[Tensor]:
@@ -119,5 +136,21 @@ class LayerSteps:
             if not log.skipped:
                 gain, shift = batch_norm.match_moments(layer, exact, quantized)
                 set_bias_grid(layer, node)
-                return gain, shift
-        return None, correct_bias(layer.layer, exact, quantized)
+                return gain, shift + self._clamp_bias(node, layer)
+        shift = correct_bias(layer.layer, exact, quantized)
+        return None, shift + self._clamp_bias(node, layer)
+
+    def _clamp_bias(self, node: fx.Node, layer: QuantLayer) -> Tensor | float:
+        """Keep a corrected bias within what the weights leave of a bounded accumulator; what it changes by."""
+        bias, grid = layer.bias, _input_grid(node)
+        if self.accumulator_bits is None or grid is None or bias is None:
+            return 0.0
+        before = bias.detach().clone()
+        clamp_bias(layer, grid, self.accumulator_bits)
+        return bias.detach() - before
+
+
+def _input_grid(node: fx.Node) -> Grid | None:
+    """The grid of what a layer reads."""
+    quantizer = quantizer_of(node.args[0])
+    return None if quantizer is None else quantizer.grid

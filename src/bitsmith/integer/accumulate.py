@@ -30,10 +30,10 @@ def accumulator_bound(weight: Tensor, largest: int, bias: Tensor | None, axis: i
     """The largest magnitude that any partial sum of a layer can reach."""
     other = [a for a in range(weight.ndim) if a != axis]
     sums = weight.double().abs().sum(other) * largest
-    bound = float(sums.max())
-    if bias is not None:
-        bound = float(sums.max() + bias.double().abs().max())
-    return int(bound)
+    if bias is not None:  # the groups of a transposed convolution have the channels of axis 1 in common
+        largest_bias = bias.double().abs()
+        sums = sums + (largest_bias if largest_bias.shape == sums.shape else largest_bias.max())
+    return int(sums.max())
 
 
 def product_dtype(carrier: Carrier, bound: int, device: torch.device | str = "cpu") -> torch.dtype:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ..steps import Step
+from .gpfq import GpfqStep
 from .gptq import GptqStep
+from .qronos import QronosStep
 from .visit import LayerStep
 
-_LAYER_STEPS = {"gptq": GptqStep}
+_LAYER_STEPS: dict[str, type[LayerStep]] = {"gptq": GptqStep, "gpfq": GpfqStep, "qronos": QronosStep}
 
 
 def layer_step(step: Step) -> LayerStep:
     """The visitor that carries out a step of stage ``weights``."""
-    return _LAYER_STEPS[step.name](step)  # type: ignore[arg-type]
+    return _LAYER_STEPS[step.name](step)  # type: ignore[call-arg]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from ..grid import Grid
 from ..place.layers import QuantLayer
 
 Stream = Literal["float", "quantized"]
@@ -19,12 +20,15 @@ class LayerVisit:
     """One layer with all that it reads.
 
     ``inputs(stream)`` yields the layer's input chunk by chunk, as the float model has it or as it arrives through
-    the quantized layers before it; both have the same samples in the same order. Its grids are set.
+    the quantized layers before it; both have the same samples in the same order. Its grids are set; ``input_grid`` is
+    that of its input, where there is one. What a step adds to ``notes`` is in the report.
     """
 
     name: str
     layer: QuantLayer
     inputs: Callable[[Stream], Iterator[Tensor]]
+    input_grid: Grid | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -41,6 +45,7 @@ class StepLog:
     seconds: float = 0.0
     undone: bool = False
     skipped: str = ""
+    note: str = ""
 
 
 class LayerStep(ABC):

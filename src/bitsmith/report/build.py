@@ -48,7 +48,7 @@ def build_report(
 def _step(log: StepLog) -> StepReport:
     return StepReport(
         step=log.step, layer=log.layer, error_before=log.before, error_after=log.after, seconds=log.seconds,
-        undone=log.undone, skipped=log.skipped,
+        undone=log.undone, skipped=log.skipped, note=log.note,
     )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def _step_notes(steps: list[StepReport]) -> list[str]:
         notes.append(f"{name}: {len(done)} of {len(entries)} layers{gain}")
         if undone := [e for e in entries if e.undone]:
             notes[-1] += f"; undone, since the error grew: {_names(undone)}"
+        for note in dict.fromkeys(e.note for e in entries if e.note):
+            notes[-1] += f"; {note}: {_names([e for e in entries if e.note == note])}"
         for reason in dict.fromkeys(e.skipped for e in entries if e.skipped):
             notes[-1] += f"; not {_names([e for e in entries if e.skipped == reason])}: {reason}"
     return notes

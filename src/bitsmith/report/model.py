@@ -55,6 +55,7 @@ class StepReport(BaseModel):
     seconds: float = 0.0
     undone: bool = Field(default=False, description="the error grew: the layer was put back as it was")
     skipped: str = Field(default="", description="why the step does not apply to the layer")
+    note: str = Field(default="", description="what the step had to do otherwise than asked")
 
 
 class Report(BaseModel):
