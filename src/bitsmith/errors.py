@@ -30,6 +30,10 @@ class CalibrationError(BitsmithError):
     """Calibration data, or what the model makes of it, gives no usable range."""
 
 
+class CollapseError(CalibrationError):
+    """The quantized model is at chance level; the message says where its signal was lost."""
+
+
 class NonFiniteError(CalibrationError):
     """A weight or an activation holds NaN or infinity."""
 

@@ -20,13 +20,14 @@ from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, evaluation_mode, read_batches
 from .capture.inputs import Arguments, first_samples
-from .errors import CaptureError, DataError, PlacementError, RecipeError
+from .errors import CaptureError, CollapseError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
 from .place.chip_limits import refuse_float
 from .place.place import Placed, place
 from .prepare.prepare import prepare
 from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
+from .report.diagnosis import diagnose
 from .targets import Target, get_target
 
 _TRIAL_SAMPLES, _TRIAL_MEMORY = 64, 1 << 30
@@ -140,6 +141,10 @@ def finish(
         )
     if recipe.weights and recipe.activations and coverage.total_macs and not coverage.quantized_macs:
         raise PlacementError("no multiply-accumulate of the model has both operands quantized: nothing was gained")
+    if q.report.chance_level:
+        if recipe.on_collapse == "stop":
+            raise CollapseError(f"{diagnose(q.report)}. Recipe(on_collapse='warn') gives the model all the same")
+        q.report.notes.append(diagnose(q.report))
     return q
 
 

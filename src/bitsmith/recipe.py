@@ -75,6 +75,10 @@ class Recipe(BaseModel):
         description="least share of multiply-accumulates in integers; 0: more than none",
     )
 
+    on_collapse: Literal["stop", "warn"] = Field(
+        default="stop", description="what to do when the outputs are at chance level"
+    )
+
     @field_validator("steps", mode="before")
     @classmethod
     def _parse_steps(cls, value: Any) -> Any:

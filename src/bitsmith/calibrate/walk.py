@@ -29,7 +29,7 @@ from ..targets import Target
 from .bias import set_bias_grid
 from .groups import join_grids
 from .layer_steps import LayerSteps
-from .noise import Noise
+from .noise import Noise, OutputNoise
 from .shift import tie_weight_scale
 from .stages import Stage, cut_into_stages
 from .store import Store
@@ -42,7 +42,7 @@ class WalkLog:
     """What the walk measured: noise at the end of each stage with a layer, and at the outputs."""
 
     noise: dict[fx.Node, Noise] = field(default_factory=dict)
-    output: Noise = field(default_factory=Noise)
+    output: OutputNoise = field(default_factory=OutputNoise)
     samples: int = 0
     noise_samples: int = 0
     spilled_bytes: int = 0

@@ -38,6 +38,7 @@ def build_report(
     if log is not None:
         report.samples = log.samples
         report.output_sqnr_db = _finite(log.output.db)
+        report.chance_level = log.output.is_chance
         report.steps = [_step(entry) for entry in log.steps]
         report.notes += _step_notes(report.steps)
         if log.spilled_bytes:

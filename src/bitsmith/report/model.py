@@ -69,6 +69,7 @@ class Report(BaseModel):
     samples: int = 0
     coverage: Coverage = Coverage()
     output_sqnr_db: float | None = None
+    chance_level: bool = Field(default=False, description="the outputs are no better than constant ones")
     layers: list[LayerReport] = []
     steps: list[StepReport] = []
     notes: list[str] = []
