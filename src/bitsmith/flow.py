@@ -143,7 +143,7 @@ def finish(
         raise PlacementError("no multiply-accumulate of the model has both operands quantized: nothing was gained")
     if q.report.chance_level:
         if recipe.on_collapse == "stop":
-            raise CollapseError(f"{diagnose(q.report)}. Recipe(on_collapse='warn') gives the model all the same")
+            raise CollapseError(f"{diagnose(q.report)}. on_collapse: warn in the recipe gives the model all the same")
         q.report.notes.append(diagnose(q.report))
     return q
 

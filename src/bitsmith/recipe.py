@@ -76,7 +76,7 @@ class Recipe(BaseModel):
     )
 
     on_collapse: Literal["stop", "warn"] = Field(
-        default="stop", description="what to do when the outputs are at chance level"
+        default="warn", description="what to do when the outputs are at chance level"
     )
 
     @field_validator("steps", mode="before")

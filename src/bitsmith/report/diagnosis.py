@@ -16,9 +16,7 @@ def diagnose(report: Report) -> str:
     >>> print(diagnose(Report(output_sqnr_db=-1.0, layers=layers)))  # doctest: +ELLIPSIS
     the quantized model is at chance level: output SQNR -1.0 dB. It falls to -1.0 dB at layer 'b', from 30.0 dB ...
     """
-    start = (
-        f"the quantized model has lost its signal: its outputs vary by chance (SQNR {report.output_sqnr_db:.1f} dB)."
-    )
+    start = f"the quantized model is at chance level: output SQNR {report.output_sqnr_db:.1f} dB."
     measured = [layer for layer in report.layers if layer.sqnr_db is not None]
     first = next((i for i, layer in enumerate(measured) if (layer.sqnr_db or 0.0) < _LOST_DB), None)
     if first is None:
