@@ -229,7 +229,7 @@ class _Walk:
             bits = self.options.device.default_weight_bits
         if bits is None:
             raise _unfinished("weights", "DEFAULT_WEIGHT_BITS")
-        if not compat and not 1 <= bits <= 24:
+        if not 1 <= bits <= 24 and (not compat or abs(bits) > 100):
             raise QuantizeError(f"{key}: {bits} bits are impossible: the chip has weights of 1, 2, 4 and 8 bits.")
         if not compat and bits not in _WEIGHT_BITS:
             self.notify("WARNING", f"{key} gets {bits} bits, but the chip has weights of 1, 2, 4 and 8 bits.")
