@@ -21,7 +21,7 @@ from ..grid import Grid, IntFormat
 from ..place.layers import QuantLayer
 from ..place.plan import clamp_bounds, fused_end, operands
 from ..targets import Target
-from . import laws, max78000
+from . import laws, max78000, torch_laws
 from .accumulate import Carrier
 from .kernels import Kernel, build_kernel, float_pool, multiplies_on_codes, sums_in_known_order
 
@@ -87,6 +87,10 @@ class Program:
         value = env[node]
         grid = self.grids.get(node)
         return value if grid is None else laws.dequantize_centred(value, grid)
+
+    def integer_source(self, node: fx.Node) -> fx.Node | None:
+        """The operator that a Quantizer's step executes in integers, or None."""
+        return self._sources.get(node)
 
     # Compilation
 
@@ -184,7 +188,8 @@ class Program:
         if self._is_same_grid(value, grid):
             return Step(node, lambda env: env[value], grid, "codes")
         dtype = self.code_dtype
-        return Step(node, lambda env: laws.quantize_centred(self.real(value, env), grid, dtype), grid, "quantize")
+        law = torch_laws.quantize_centred if self.target.law == "torch" else laws.quantize_centred
+        return Step(node, lambda env: law(self.real(value, env), grid, dtype), grid, "quantize")
 
     def _is_same_grid(self, value: fx.Node, grid: Grid) -> bool:
         known = self.grids.get(value)
@@ -195,6 +200,8 @@ class Program:
         if self.target.law == "max78000":
             activations = self._activations.get(source, [])
             return max78000.build_kernel(source, activations, inputs, output, self.carrier, self.target)
+        if self.target.law == "torch" and op_of(source).name != "matmul":
+            return torch_laws.build_kernel(source, inputs, output, self.carrier)
         return build_kernel(source, inputs, output, self.carrier, on_codes=on_codes)
 
     def _operator_step(self, node: fx.Node) -> Step:

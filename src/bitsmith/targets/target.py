@@ -58,6 +58,8 @@ class Target(BaseModel):
     of two alone, of these exponents, so that weight scales follow those of the activations. ``bias_unit``: a bias of
     1 in steps of the accumulator. ``average_rounding``: average pooling rounds, instead of cutting toward zero.
     ``limits``: what fits into a chip.
+    ``per_tensor``: operators that run in integers only where their weights share
+    one scale.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +67,7 @@ class Target(BaseModel):
     name: str
     description: str
     engine: Literal["onnxruntime", "openvino", "torch", "ai8x", "none"]
-    law: Literal["onnxruntime", "max78000"] = "onnxruntime"
+    law: Literal["onnxruntime", "torch", "max78000"] = "onnxruntime"
     default_recipe: str = "int8"
     weight_bits: tuple[int, ...] = tuple(range(2, 17))
     activation_bits: tuple[int, ...] = tuple(range(2, 17))
@@ -84,12 +86,13 @@ class Target(BaseModel):
     average_rounding: bool = False
     wide_bits: int | None = None
     bias_unit: int = 1
+    per_tensor: frozenset[str] = frozenset()
     bias_bits: int = 32
     accumulator_bits: int = 32
     limits: ChipLimits | None = None
     notes: tuple[str, ...] = ()
 
-    @field_serializer("integer_operators", "float_output", "float_on_codes", "keeps_scale", when_used="json")
+    @field_serializer("integer_operators", "float_output", "float_on_codes", "keeps_scale", "per_tensor", when_used="json")
     def _in_order(self, names: frozenset[str]) -> list[str]:
         """Sets in one order, so that the same model is saved as the same file."""
         return sorted(names)
@@ -127,6 +130,8 @@ class Target(BaseModel):
     def runs_in_integers(self, operator: str, *grids: Grid | None) -> bool:
         """Whether the runtime executes this operator on codes of these grids."""
         widths = {*self.integer_bits, self.wide_bits}
+        if operator in self.per_tensor and any(grid is not None and grid.axis is not None for grid in grids):
+            return False
         return operator in self.integer_operators and all(
             grid is not None and isinstance(grid.format, IntFormat) and grid.format.bits in widths for grid in grids
         )
