@@ -200,7 +200,7 @@ class Program:
         if self.target.law == "max78000":
             activations = self._activations.get(source, [])
             return max78000.build_kernel(source, activations, inputs, output, self.carrier, self.target)
-        if self.target.law == "torch" and op_of(source).name != "matmul":
+        if self.target.law == "torch" and self._runs_in_integers(source, self.grids):
             return torch_laws.build_kernel(source, inputs, output, self.carrier)
         return build_kernel(source, inputs, output, self.carrier, on_codes=on_codes)
 
@@ -219,7 +219,8 @@ class Program:
     def _float_step(self, node: fx.Node) -> Step:
         """An operator that the runtime computes in float; exact where we know in which order, or order is no matter."""
         name = op_of(node).name
-        if self.target.exact and name in ("avg_pool", "global_avg_pool") and sums_in_known_order(node):
+        ordered = self.target.exact and self.target.law == "onnxruntime"
+        if ordered and name in ("avg_pool", "global_avg_pool") and sums_in_known_order(node):
             pool, source = float_pool(node), operands(node)[0]
             return Step(node, lambda env: pool(self.real(source, env)), kernel=EXACT_FLOAT)
         exact = self.target.exact and name in _ELEMENTWISE and node.kwargs.get("alpha", 1) == 1

@@ -15,9 +15,11 @@ import numpy as np
 
 from ..errors import MissingExtraError, VerificationError
 
-EngineName = Literal["onnxruntime", "openvino", "ai8x"]
+EngineName = Literal["onnxruntime", "openvino", "torch", "ai8x"]
 Array = np.ndarray[Any, Any]
-_INTEGER_KERNELS = ("chip_", "QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize")
+_INTEGER_KERNELS = (
+    "chip_", "QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "quantized::", "onednn::q",
+)  # fmt: skip
 _ON_CODES = " on codes"
 _COMPUTE_KERNELS = {
     "Conv",
@@ -29,12 +31,19 @@ _COMPUTE_KERNELS = {
     "FusedMatMul",
     "LSTM",
     "GRU",
+    *(f"aten::{name}" for name in ("_convolution", "linear", "matmul", "addmm", "bmm", "mm", "lstm", "gru")),
+    *(f"aten::conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)),
 }
+TORCHSCRIPT_SUFFIX = ".pt"
+_TORCH_COUNTED = ("aten::", "quantized::", "onednn::")
 
 
 @dataclass
 class Engine:
-    """A loaded file: ``run(inputs by name) -> outputs``; ``kernels`` counts what the runtime made of it, if it says."""
+    """A loaded file: ``run(inputs by name) -> outputs``; ``kernels`` counts what the runtime made of it, if it says.
+
+    ``call`` is there where the runtime takes tensors as they are, in the order of ``inputs``.
+    """
 
     name: str
     version: str
@@ -42,6 +51,7 @@ class Engine:
     outputs: list[str]
     run: Callable[[dict[str, Array]], list[Array]]
     kernels: Counter[str] = field(default_factory=Counter)
+    call: Callable[..., Any] | None = None
 
     @property
     def integer_kernels(self) -> dict[str, int]:
@@ -62,7 +72,8 @@ def engine_for(name: str) -> EngineName:
     >>> engine_for("ai8x"), engine_for("none")
     ('ai8x', 'onnxruntime')
     """
-    return "openvino" if name == "openvino" else "ai8x" if name == "ai8x" else "onnxruntime"
+    engines: dict[str, EngineName] = {"openvino": "openvino", "ai8x": "ai8x", "torch": "torch"}
+    return engines.get(name, "onnxruntime")
 
 
 def companion_files(path: Path, engine: str) -> list[Path]:
@@ -74,17 +85,67 @@ def companion_files(path: Path, engine: str) -> list[Path]:
     return [description_path(path)]
 
 
-def open_engine(path: str | Path, engine: EngineName = "onnxruntime", threads: int | None = None) -> Engine:
-    """Load an ONNX file (or OpenVINO IR, or a checkpoint for MAX78000) into a runtime.
+def engine_of(path: str | Path, asked: EngineName | None = None, wanted: EngineName = "onnxruntime") -> EngineName:
+    """Which runtime reads a file: the one that was asked for, torch for ``.pt``, or else ``wanted``."""
+    is_script = Path(path).suffix == TORCHSCRIPT_SUFFIX
+    if asked is None:
+        return wanted if wanted == "ai8x" else "torch" if is_script else "onnxruntime" if wanted == "torch" else wanted
+    if asked != "ai8x" and (asked == "torch") != is_script:
+        kind = "is TorchScript, which engine 'torch' runs" if is_script else "is no TorchScript (.pt)"
+        raise VerificationError(f"{path} {kind}: engine={asked!r} cannot run it")
+    return asked
+
+
+def open_engine(path: str | Path, engine: EngineName | None = None, threads: int | None = None) -> Engine:
+    """Load an ONNX file, OpenVINO IR, TorchScript or a checkpoint for MAX78000 into a runtime.
 
     Raises VerificationError where the file cannot be loaded.
     """
     path = Path(path)
     if not path.is_file():
         raise VerificationError(f"{path} is not a file: export the model first")
-    if engine == "ai8x":
+    chosen = engine_of(path, engine)
+    if chosen == "ai8x":
         return _ai8x(path)
-    return _onnxruntime(path, threads) if engine == "onnxruntime" else _openvino(path, threads)
+    openers = {"onnxruntime": _onnxruntime, "openvino": _openvino, "torch": _torchscript}
+    return openers[chosen](path, threads)
+
+
+def _torchscript(path: Path, threads: int | None) -> Engine:
+    from ..engines.torch_script import load_script
+
+    return script_engine(load_script(path), threads)
+
+
+def script_engine(program: Any, threads: int | None = None) -> Engine:
+    """An Engine of a TorchScript program that takes tensors and gives a tensor, or a tuple of them."""
+    import torch
+
+    if threads is not None and threads != torch.get_num_threads():
+        raise VerificationError(
+            f"torch's threads are those of the process, {torch.get_num_threads()} now: call "
+            f"torch.set_num_threads({threads}) instead of threads={threads}"
+        )
+    names = [argument.name for argument in program.forward.schema.arguments[1:]]
+
+    def call(*tensors: Any) -> Any:
+        with torch.no_grad():
+            return program(*tensors)
+
+    def run(feeds: dict[str, Array]) -> list[Array]:
+        try:
+            results = call(*(torch.from_numpy(feeds[name]) for name in names))
+        except RuntimeError as error:
+            raise VerificationError(f"torch {torch.__version__} cannot run the file: {error}") from error
+        return [r.numpy() for r in (results if isinstance(results, tuple) else (results,))]
+
+    kinds = Counter(
+        node.kind() for node in program.inlined_graph.nodes() if node.kind().startswith(_TORCH_COUNTED)
+    )  # fmt: skip
+    result = next(program.inlined_graph.outputs()).node()
+    count = result.inputsSize() if result.kind() == "prim::TupleConstruct" else 1
+    outputs = [f"output_{index}" for index in range(count)] if count > 1 else ["output"]
+    return Engine("torch", torch.__version__, names, outputs, run, kinds, call)
 
 
 def _ai8x(path: Path) -> Engine:

@@ -18,7 +18,7 @@ from ..errors import VerificationError
 from ..grid import FloatFormat, IntFormat
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
-from .engines import Engine, EngineName, companion_files, engine_for, open_engine
+from .engines import Engine, EngineName, companion_files, engine_for, engine_of, open_engine
 
 if TYPE_CHECKING:
     from ..dynamic import DynamicModel
@@ -51,9 +51,7 @@ def verify(
     whether it passed; nothing is raised for a difference, only for a file that cannot be run.
     """
     q = q.captured()
-    if engine is None:
-        engine = engine_for(q.target.engine)
-    runtime = open_engine(path, engine)
+    runtime = open_engine(path, engine_of(path, engine, engine_for(q.target.engine)))
     batches = _batches(q, inputs)
     executor, comparison = q.integer_executor(), _Comparison(q, runtime)
     for batch in batches:
@@ -83,7 +81,7 @@ def certify(
 ) -> Certificate:  # fmt: skip
     """The certificate of measured differences."""
     floats = float_operators(q)
-    exact = q.target.exact and runtime.name in _EXACT and not floats and not runtime.float_compute_kernels
+    exact = q.target.exact and runtime.name == q.target.engine and not floats and not runtime.float_compute_kernels
     bounds = Bounds(0.0, 0.0) if exact else _bounds(q, runtime)
     if max_lsb is not None:
         bounds = Bounds(max_lsb, max_lsb)
@@ -107,7 +105,8 @@ def _bounds(q: QuantizedModel, runtime: Engine) -> Bounds:
     if any(str(n.target).startswith("bitsmith.dynamic") and "float" not in n.args for n in q.graph.graph.nodes):
         return TIES
     floats = set(_float_nodes(q))
-    unknown = not q.target.exact or runtime.name not in _EXACT or bool(runtime.float_compute_kernels and not floats)
+    known = q.target.exact and runtime.name == q.target.engine
+    unknown = not known or bool(runtime.float_compute_kernels and not floats)
     tainted: set[fx.Node] = set()
     for node in q.graph.graph.nodes:
         if not (node in floats or any(source in tainted for source in node.all_input_nodes)):
