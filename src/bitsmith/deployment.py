@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import DataError
+from .errors import BitsmithError, DataError, ExportError
 from .model import QuantizedModel
-from .verify.engines import Engine, EngineName, open_engine
+from .verify.engines import Engine, EngineName, open_engine, script_engine
 from .verify.verify import input_names
 
 if TYPE_CHECKING:
     from .dynamic import DynamicModel
     from .dynamic.torch_kernels import TorchDeployed
+    from .evaluate.latency import Latency
+
+ENGINES: tuple[EngineName, ...] = ("onnxruntime", "openvino", "torch")
 
 
 class Deployed:
-    """A file loaded into a runtime. Takes and returns tensors; ``engine`` says what runs it."""
+    """A model loaded into a runtime. Takes and returns tensors; ``engine`` says what runs it.
+
+    ``module`` is there for engine ``torch``: the quantized layers, as they print. ``timings`` is there for engine
+    ``auto``: what each engine took. Engines of files see detached copies of the inputs.
+    """
 
     def __init__(
-        self, engine: Engine, folder: TemporaryDirectory[str] | None = None, model: QuantizedModel | None = None
-    ) -> None:
+        self, engine: Engine, folder: TemporaryDirectory[str] | None = None, model: QuantizedModel | None = None,
+        module: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.engine = engine
         self.model = model
+        self.module = module
+        self.timings: dict[str, Latency] = {}
         self._folder = folder  # holds the file for as long as the runtime may read it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,11 +50,17 @@ class Deployed:
             tensors = {n: t for n, t in zip(names, values) if n in self.engine.inputs}
         else:
             tensors = self._by_name(args, kwargs)
-        feeds = {name: np.ascontiguousarray(t.detach().cpu().numpy()) for name, t in tensors.items()}
-        outputs = tuple(torch.from_numpy(np.asarray(array)) for array in self.engine.run(feeds))
+        outputs = self._run(tensors)
         if self.model is not None:
             return self.model.restructure(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _run(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if self.engine.call is not None:
+            results = self.engine.call(*(tensors[name].detach() for name in self.engine.inputs))
+            return results if isinstance(results, tuple) else (results,)
+        feeds = {name: np.ascontiguousarray(t.detach().cpu().numpy()) for name, t in tensors.items()}
+        return tuple(torch.from_numpy(np.asarray(array)) for array in self.engine.run(feeds))
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Positional tensors in the order of the file's inputs, the others by name."""
@@ -56,16 +73,28 @@ class Deployed:
         return {**dict(zip(free, values)), **kwargs}
 
     def __repr__(self) -> str:
-        return f"Deployed({self.engine.name} {self.engine.version}, inputs={self.engine.inputs})"
+        text = f"Deployed({self.engine.name} {self.engine.version}, inputs={self.engine.inputs})"
+        if self.timings:
+            text += "\nfastest of " + ", ".join(f"{n} {t.median_ms:.3g} ms" for n, t in self.timings.items())
+        if self.module is not None:
+            layers = "\n".join(f"  ({name}): {layer}" for name, layer in self.module.named_children())
+            text += f"\n{layers}"
+        return text
 
 
 def deploy(
-    q: QuantizedModel | DynamicModel | str | Path, engine: EngineName | Literal["torch"] = "onnxruntime", *,
-    threads: int | None = None,
+    q: QuantizedModel | DynamicModel | str | Path, engine: EngineName | Literal["auto"] | None = None, *,
+    threads: int | None = None, inputs: Any = None,
 ) -> Deployed | TorchDeployed:  # fmt: skip
     """A callable that runs the quantized model, or an exported file, in ``engine``.
 
-    ``torch`` runs models of ``quantize_dynamic``, on the threads that torch has.
+    ``"onnxruntime"`` and ``"openvino"`` run the ONNX file, ``"torch"`` PyTorch's own int8 kernels. ``"auto"`` times
+    those that are installed on ``inputs`` (default: one made-up sample) for about a second and takes the fastest;
+    the answer's ``engine.name`` and ``timings`` say which. None is onnxruntime, or what reads the file.
+
+    ``"ai8x"`` runs the checkpoint of a MAX78000. Dynamic models run on ``"torch"`` on the threads that torch has.
+
+    Engines round alike only where a target's law says so: quantize for the target that is going to run the model.
 
     >>> import bitsmith as bs
     >>> q = bs.quantize(torch.nn.Linear(4, 2), [torch.randn(32, 4)])
@@ -73,23 +102,70 @@ def deploy(
     >>> bool((deploy(q)(x) == q(x)).all())
     True
     """
-    if engine == "torch" and not isinstance(q, str | Path) and q.recipe.placement == "dynamic":
+    if engine not in (None, "auto", "ai8x", *ENGINES):
+        raise DataError(f"engine={engine!r} is not known: choose 'onnxruntime', 'openvino', 'torch', 'ai8x' or 'auto'")
+    if inputs is not None and engine != "auto":
+        raise DataError("inputs are what engine='auto' measures with: leave them out, or choose 'auto'")
+    if isinstance(q, str | Path):
+        if engine == "auto":
+            raise DataError("engine='auto' takes a quantized model: a file has the engine it was written for")
+        return Deployed(open_engine(q, engine, threads))
+    if q.recipe.placement == "dynamic" and engine in ("torch", "auto"):
+        if engine == "auto":
+            raise DataError("engine='auto' chooses for static models: this one is dynamic, try 'torch' and 'onnxruntime'")
         from .dynamic.torch_kernels import TorchDeployed
 
         return TorchDeployed(q)  # type: ignore[arg-type]
-    if engine not in ("onnxruntime", "openvino", "ai8x"):
-        raise DataError(f"engine={engine!r} is not known: choose 'onnxruntime', 'openvino' or 'ai8x'")
-    if isinstance(q, str | Path):
-        return Deployed(open_engine(q, engine, threads))
+    q = q.captured()
+    if engine == "auto":
+        return _fastest(q, threads, inputs)
+    return _deploy_torch(q, threads) if engine == "torch" else _deploy_file(q, engine or "onnxruntime", threads)
+
+
+def _deploy_file(q: QuantizedModel, engine: EngineName, threads: int | None) -> Deployed:
     from .export import export_ai8x, export_onnx
 
-    q = q.captured()
     folder = TemporaryDirectory(prefix="bitsmith-deploy-")
     if engine == "ai8x":
         path = export_ai8x(q, Path(folder.name) / "model.pth.tar")
-        return Deployed(open_engine(path, engine, threads), folder, q)
-    path = export_onnx(q, Path(folder.name) / "model.onnx", style="qcdq" if _needs_clip(q) else "qdq")
+    else:
+        path = export_onnx(q, Path(folder.name) / "model.onnx", style="qcdq" if _needs_clip(q) else "qdq")
     return Deployed(open_engine(path, engine, threads), folder, q)
+
+
+def _deploy_torch(q: QuantizedModel, threads: int | None) -> Deployed:
+    from .engines import build_torch, freeze, script
+
+    module = build_torch(q)
+    return Deployed(script_engine(freeze(script(module, q)), threads), None, q, module)
+
+
+def _fastest(q: QuantizedModel, threads: int | None, inputs: Any) -> Deployed:
+    """The fastest of the engines that are installed and take the model."""
+    from .engines import example_inputs
+    from .evaluate.latency import interleaved_latency
+
+    candidates: dict[str, Deployed] = {}
+    reasons: list[str] = []
+    for name in ENGINES:
+        try:
+            opened = _deploy_torch(q, threads) if name == "torch" else _deploy_file(q, name, threads)
+            candidates[name] = opened
+        except BitsmithError as error:
+            reasons.append(f"{name}: {error}")
+    if not candidates:
+        raise ExportError("no engine takes this model: " + "; ".join(reasons))
+    if inputs is None:
+        values = example_inputs(q, 1)
+        spec: Any = q.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+        args, kwargs = torch.utils._pytree.tree_unflatten(list(values), spec)
+    else:
+        args, kwargs = (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+    runs = {name: partial(candidate, *args, **kwargs) for name, candidate in candidates.items()}
+    timings = interleaved_latency(runs, seconds=1.0)
+    best = candidates[min(timings, key=lambda name: timings[name].median_ms)]
+    best.timings = timings
+    return best
 
 
 def _needs_clip(q: QuantizedModel) -> bool:

@@ -1,6 +1,7 @@
-"""Engines of our own making: the quantized model on PyTorch's int8 CPU kernels, and the choice among engines."""
+"""The quantized model on PyTorch's own int8 CPU kernels, in this process or as a TorchScript file."""
 
 from .torch_build import build_torch
-from .torch_script import script
+from .torch_qcdq import build_qcdq
+from .torch_script import example_inputs, freeze, load_script, save_script, script
 
-__all__ = ["build_torch", "script"]
+__all__ = ["build_qcdq", "build_torch", "example_inputs", "freeze", "load_script", "save_script", "script"]

@@ -6,22 +6,22 @@ float between ``dequantize`` and ``quantize``, as in the Program. Codes of up to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..capture.ops import aten_name, op_of, quantizer_of
 from ..errors import ExportError
 from ..grid import Grid, IntFormat
 from ..integer.kernels import average_pool_geometry, centred_weight
+from ..integer.program import EXACT_FLOAT
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
 from ..place.plan import operands
 from . import torch_kernels as k
 from .torch_graph import GraphCopy
-from .torch_plain import PlainConv
+from .torch_plain import QuantizedOnBytes
 from .torch_qcdq import QuantizeClampDequantize
 
 # Moves that torch does on quantized tensors; others go through float and back, which changes no code.
@@ -30,7 +30,7 @@ _MOVES = {
     "transpose", "t", "select", "slice", "chunk", "split", "split_with_sizes", "unbind", "narrow", "getitem",
     "upsample_nearest2d", "upsample_nearest3d",
 }  # fmt: skip
-_POINTWISE = {"sigmoid": "sigmoid", "hardswish": "hardswish", "leaky_relu": "leaky_relu", "elu": "elu"}
+_POINTWISE = {"sigmoid", "hardswish", "leaky_relu"}
 
 
 def build_torch(q: QuantizedModel, *, portable: bool = False) -> fx.GraphModule:
@@ -63,7 +63,8 @@ class _Builder(GraphCopy):
                 self.placeholder(node)
         for step in self.program.steps:
             self._step(step.node, step.kernel)
-        if not any(isinstance(m, k.QuantizedConv | PlainConv | k.QuantizedLinear) for m in self.attributes.values()):
+        kernels = (k.QuantizedConv, k.QuantizedLinear, QuantizedOnBytes)
+        if not any(isinstance(module, kernels) for module in self.attributes.values()):
             raise ExportError(
                 "no layer of this model runs on torch's int8 kernels, which take weights and activations of up to 8 "
                 "bits: quantize with recipe 'int8', or use another engine"
@@ -83,12 +84,19 @@ class _Builder(GraphCopy):
         quantizer = quantizer_of(node)
         if quantizer is not None:
             self._quantizer(node, quantizer.require_grid(), kernel)
-        elif kernel in ("conv", "linear") and self._is_stored(node):
-            self.values[node] = self._layer(node, None, relu=False)
+        elif (
+            kernel in ("conv", "linear", EXACT_FLOAT)
+            and self._is_layer(node)
+            and (layer := self._layer(node, None, relu=False)) is not None
+        ):
+            self.values[node] = layer
         elif kernel == "codes" and self._is_stored(node):
             self._move(node)
         else:
             self.values[node] = self.float_operator(node, self.real)
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        return op_of(node).name in ("conv", "linear") and self._is_stored(node)
 
     def _is_stored(self, node: fx.Node) -> bool:
         return all(source in self.stored for source in operands(node))
@@ -151,16 +159,20 @@ class _Builder(GraphCopy):
         layer = self.source.get_submodule(str(node.target))
         assert isinstance(layer, QuantLayer)
         operand = operands(node)[0]
-        source, geometry, module = self.stored[operand], layer.layer, None
+        source = self.stored[operand]
+        geometry: Any = layer.layer
+        module: nn.Module
         codes = layer_codes(layer)
-        if isinstance(geometry, nn.Linear):
-            module = k.QuantizedLinear(geometry, codes, source, output, relu=relu)
-        elif isinstance(geometry, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            if codes.per_channel or output is None:
-                return None
-            module = k.QuantizedConv(geometry, codes, output, relu=relu)
-        elif output is None or (self.portable and geometry.groups > k.ONEDNN_GROUPS):
-            module = torch.jit.script(PlainConv(geometry, codes, source, output, relu=relu))
+        if codes is None or isinstance(getattr(geometry, "padding", 0), str):
+            return None
+        transposed = isinstance(geometry, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        if transposed and (codes.per_channel or output is None or self.portable):
+            return None  # a file's process would pack it for oneDNN, whose transposed kernels err (torch 2.13)
+        fbgemm_in_files = not isinstance(geometry, nn.Linear) and geometry.groups > k.ONEDNN_GROUPS
+        if output is None or (self.portable and fbgemm_in_files):
+            module = QuantizedOnBytes(geometry, codes, source, output, relu=relu)
+        elif isinstance(geometry, nn.Linear):
+            module = k.QuantizedLinear(geometry, codes, output, relu=relu)
         else:
             module = k.QuantizedConv(geometry, codes, output, relu=relu)
         return self.call(str(node.target), module, self.values[operand])
@@ -177,13 +189,11 @@ class _Builder(GraphCopy):
 
     def _pointwise(self, node: fx.Node, output: k.Stored) -> fx.Node | None:
         name = aten_name(node)
-        if name not in _POINTWISE or len(node.args) > 2 or (name in ("sigmoid", "hardswish") and len(node.args) > 1):
+        if name not in _POINTWISE:
             return None
         slope = None
-        if name in ("leaky_relu", "elu"):
+        if name == "leaky_relu":
             slope = float(node.args[1] if len(node.args) > 1 else 0.01)  # type: ignore[arg-type]
-            if name == "elu":
-                return None
         return self.call(node.name, k.Pointwise(name, output, slope), self.values[operands(node)[0]])
 
     def _move(self, node: fx.Node) -> None:
@@ -197,11 +207,11 @@ class _Builder(GraphCopy):
         self.stored[node] = stored
 
 
-def layer_codes(layer: QuantLayer) -> k.LayerCodes:
-    """A layer's integers; its bias in float, on its grid."""
+def layer_codes(layer: QuantLayer) -> k.LayerCodes | None:
+    """A layer's integers, its bias in float, on its grid; None where the weight's do not fit signed bytes."""
     assert layer.weight_quantizer is not None
-    grid = layer.weight_quantizer.require_grid()
-    bias = layer.quantized_parameters().get("bias")
-    return k.LayerCodes(
-        centred_weight(layer).to(torch.int8), grid.scale, None, None if bias is None else bias.detach().clone()
-    )
+    codes, bias = centred_weight(layer), layer.quantized_parameters().get("bias")
+    if int(codes.min()) < -128 or int(codes.max()) > 127:
+        return None
+    scale = layer.weight_quantizer.require_grid().scale
+    return k.LayerCodes(codes.to(torch.int8), scale, None if bias is None else bias.detach().clone())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +55,7 @@ class GraphCopy:
         if name in _RESHAPES:  # what lies channels last has no view of another shape
             return self.graph.call_method("reshape", (args[0], reshaped(args[1])))
         if name == "expand":
-            return self.graph.call_method("expand", (args[0], [-1 if isinstance(n, fx.Node) else n for n in args[1]]))
+            return self.graph.call_method("expand", (args[0], kept(args[1])))
         target = node.target
         assert callable(target)
         return self.graph.call_function(target, args, kwargs)
@@ -79,9 +78,12 @@ class GraphCopy:
 def reshaped(sizes: Any) -> Any:
     """Sizes with the one that is known at run time only left to torch."""
     dynamic = [size for size in sizes if isinstance(size, fx.Node)]
-    if len(dynamic) == 1 and -1 not in sizes:
-        return [-1 if isinstance(size, fx.Node) else size for size in sizes]
-    return list(sizes)
+    return kept(sizes) if len(dynamic) == 1 and -1 not in sizes else list(sizes)
+
+
+def kept(sizes: Any) -> list[Any]:
+    """Sizes with -1 for each that is known at run time only."""
+    return [-1 if isinstance(size, fx.Node) else size for size in sizes]
 
 
 def plain_layer(module: nn.Module) -> nn.Module:
@@ -92,8 +94,3 @@ def plain_layer(module: nn.Module) -> nn.Module:
     for name, value in module.quantized_parameters().items():
         setattr(layer, name, nn.Parameter(value.detach().clone(), requires_grad=False))
     return layer
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node computes with sizes, not with tensors."""
-    return node.op == "call_function" and (aten_name(node) == "sym_size" or node.target in vars(operator).values())

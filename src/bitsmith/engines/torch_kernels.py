@@ -57,11 +57,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class LayerCodes:
-    """A layer's parameters: int8 codes, scales (one, or one per output channel), zero points, and the float bias."""
+    """A layer's parameters: centred int8 codes, scales (one, or one per output channel), and the float bias."""
 
     weight: Tensor
     scale: Tensor
-    zero_point: Tensor | None
     bias: Tensor | None
 
     @property
@@ -71,10 +70,9 @@ class LayerCodes:
 
     def tensor(self) -> Tensor:
         """The weight as a quantized tensor."""
-        zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
         if not self.per_channel:
-            return torch._make_per_tensor_quantized_tensor(self.weight, float(self.scale), int(zero))
-        zeros = zero.long().expand(self.scale.shape).contiguous()
+            return torch._make_per_tensor_quantized_tensor(self.weight, float(self.scale), 0)
+        zeros = torch.zeros(self.scale.shape, dtype=torch.int64)
         return torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
 
 
@@ -100,19 +98,18 @@ class QuantizedConv(nn.Module):
         self.rank, self.relu, self.output = layer.weight.ndim - 2, relu, output
         self.transposed = type(layer).__name__.startswith("ConvTranspose")
         self.describe = describe_conv(layer)
-        self.scale, self.zero_point = output.scale, output.zero_point
         geometry = [list(layer.stride), list(layer.padding)]
         if self.transposed:
             geometry.append(list(layer.output_padding))
         name = f"conv{'_transpose' if self.transposed else ''}{self.rank}d"
-        with packing("onednn"):
+        with packing("fbgemm" if self.transposed else "onednn"):  # torch 2.13's transposed oneDNN kernels err
             prepack = getattr(torch.ops.quantized, f"{name}_prepack")
             self.packed = prepack(codes.tensor(), codes.bias, *geometry, list(layer.dilation), layer.groups)
         self.kernel = getattr(torch.ops.quantized, name + ("_relu" if relu and not self.transposed else ""))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the kernel."""
-        return self.kernel(x, self.packed, self.scale, self.zero_point)  # type: ignore[no-any-return]
+        return self.kernel(x, self.packed, self.output.scale, self.output.zero_point)  # type: ignore[no-any-return]
 
     def _get_name(self) -> str:
         kind = "ConvTranspose" if self.transposed else "ConvReLU" if self.relu else "Conv"
@@ -124,34 +121,26 @@ class QuantizedConv(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """Linear layer with its activation; with ``output`` None its result is float."""
+    """Linear layer with its activation: codes in, codes out."""
 
-    def __init__(
-        self, layer: Any, codes: LayerCodes, source: Stored, output: Stored | None, *, relu: bool = False
-    ) -> None:
+    def __init__(self, layer: Any, codes: LayerCodes, output: Stored, *, relu: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.relu, self.source, self.output = relu, source, output
-        self.scale, self.zero_point = (0.0, 0) if output is None else (output.scale, output.zero_point)
+        self.relu, self.output = relu, output
         with packing("fbgemm"):  # what a file's process packs linear layers for
             self.packed = torch.ops.quantized.linear_prepack(codes.tensor(), codes.bias)
-        ops = torch.ops.quantized
-        float_kernel = ops.linear_with_input_q_dq_qweight_dq_output_fp32
-        self.kernel = float_kernel if output is None else ops.linear_relu if relu else ops.linear
+        self.kernel = torch.ops.quantized.linear_relu if relu else torch.ops.quantized.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the kernel."""
-        if self.output is None:  # this kernel quantizes its input itself, back to the same codes
-            return self.kernel(x.dequantize(), self.source.scale, self.source.zero_point, self.packed)  # type: ignore[no-any-return]
-        return self.kernel(x, self.packed, self.scale, self.zero_point)  # type: ignore[no-any-return]
+        return self.kernel(x, self.packed, self.output.scale, self.output.zero_point)  # type: ignore[no-any-return]
 
     def _get_name(self) -> str:
         return "QuantizedLinearReLU" if self.relu else "QuantizedLinear"
 
     def extra_repr(self) -> str:
         """Sizes and the output's grid."""
-        result = "float output" if self.output is None else str(self.output)
-        return f"in_features={self.in_features}, out_features={self.out_features}, {result}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.output}"
 
 
 class Quantize(nn.Module):

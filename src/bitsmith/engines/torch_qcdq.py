@@ -118,13 +118,11 @@ def _function(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Ten
     rank = options.weight.ndim - 2
     if type(layer).__name__.startswith("ConvTranspose"):
         transposed = getattr(F, f"conv_transpose{rank}d")
-        return lambda x, w, b: transposed(  # type: ignore[no-any-return]
+        return lambda x, w, b: transposed(
             x, w, b, options.stride, options.padding, options.output_padding, options.groups, options.dilation
         )
     conv = getattr(F, f"conv{rank}d")
-    return lambda x, w, b: conv(  # type: ignore[no-any-return]
-        x, w, b, options.stride, options.padding, options.dilation, options.groups
-    )
+    return lambda x, w, b: conv(x, w, b, options.stride, options.padding, options.dilation, options.groups)
 
 
 def build_qcdq(q: QuantizedModel) -> fx.GraphModule:

@@ -33,11 +33,9 @@ def script(module: fx.GraphModule, q: QuantizedModel) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit announces its end of life at every call
         try:
-            scripted = torch.jit.trace(module, example_inputs(q, 2), check_trace=False)
+            scripted = torch.jit.trace(module, example_inputs(q, 2), check_trace=False)  # type: ignore[no-untyped-call]
             inputs = example_inputs(q, 3)
             expected, found = module(*inputs), scripted(*inputs)
-        except ExportError:
-            raise
         except Exception as error:  # torch.jit raises many types
             raise ExportError(f"torch.jit cannot trace the quantized model: {error}") from error
     for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found)):
@@ -69,6 +67,6 @@ def load_script(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.jit.load(str(path), map_location="cpu")
+            return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise VerificationError(f"{path} is no TorchScript file, or it is damaged: {error}") from error

@@ -1,4 +1,4 @@
-"""Writing a QuantizedModel: ONNX with QDQ or QCDQ, and torch.export's own format."""
+"""Writing a QuantizedModel: ONNX with QDQ or QCDQ, TorchScript, and torch.export's own format."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..files import atomic_write
 from ..model import QuantizedModel
+from ..verify.engines import TORCHSCRIPT_SUFFIX
 
 if TYPE_CHECKING:
     from ..dynamic import DynamicModel
@@ -41,6 +42,35 @@ def export_onnx(
         for_onnxruntime=q.recipe.placement == "dynamic" and q.target.engine == "onnxruntime",
     )  # fmt: skip
     return save_onnx(model, Path(path))
+
+
+def export_torchscript(
+    q: QuantizedModel, path: str | Path, style: Literal["int8", "qcdq"] = "int8"
+) -> Path:  # fmt: skip
+    """Write ``q`` as TorchScript, which ``torch.jit.load`` reads and runs without Bitsmith, at any batch size.
+
+    ``style="int8"`` runs on PyTorch's int8 CPU kernels (x86-64); its integers are those of ``deploy(q, "torch")``.
+    ``"qcdq"`` holds plain quantize, clamp and dequantize arithmetic around float layers, for any device and width
+    up to 16 bits; parameters are stored as integers in both. Inputs are the model's tensors in order; several
+    outputs come as a flat tuple. The file appears whole or not at all. Raises ExportError where the model holds
+    small floats or scales found at run time, or where torch.jit cannot trace it.
+
+    >>> import bitsmith as bs, tempfile, pathlib
+    >>> q = bs.quantize(nn.Linear(4, 2), [torch.randn(32, 4)], target="torch")
+    >>> x = torch.randn(3, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = torch.jit.load(export_torchscript(q, pathlib.Path(folder, "m.pt")))
+    >>> bool((file(x) == q(x)).all())
+    True
+    """
+    from ..engines import build_qcdq, build_torch, save_script, script
+
+    if style not in ("int8", "qcdq"):
+        raise ExportError(f"style={style!r} is not known: TorchScript files are 'int8' or 'qcdq'")
+    if Path(path).suffix != TORCHSCRIPT_SUFFIX:
+        raise ExportError(f"{path}: name a TorchScript file .pt, so that its engine can be told")
+    module = build_torch(q, portable=True) if style == "int8" else build_qcdq(q)
+    return save_script(script(module, q), path)
 
 
 class _Simulation(nn.Module):

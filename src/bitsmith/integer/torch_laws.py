@@ -1,8 +1,9 @@
 """How integer results reach their output grid in PyTorch's int8 CPU kernels on x86-64.
 
-Convolutions follow oneDNN, linear layers FBGEMM, the rest ATen's own vectorized code; found by holding every order of
-operations against the kernels on tensors full of ties, and repeated on all outputs by ``tests/integer``. Codes are
-centred, as in ``laws``. ``fma`` is a multiplication and an addition with one rounding.
+Convolutions and layers with float results follow oneDNN, linear layers and transposed convolutions FBGEMM, the rest
+ATen's own vectorized code; found by holding every order of operations against the kernels on tensors full of ties,
+and repeated by ``tests/integer``. Codes are centred, as in ``laws``. ``fma`` is a multiplication and an addition with
+one rounding.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from .accumulate import (
     to_float32,
 )
 from .kernels import Kernel, Run, average_pool_geometry, centred_weight
-
-
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
@@ -119,11 +118,12 @@ def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -
     shape = (-1,) if isinstance(layer.layer, nn.Linear) else (-1, *[1] * (codes.ndim - 2))
     scale = layer.weight_quantizer.require_grid().scale
     bias = layer.quantized_parameters().get("bias")
-    law = linear if isinstance(layer.layer, nn.Linear) else convolution
-    finish = law(
-        source, scale.view(shape) if scale.ndim else scale, None if bias is None else bias.detach().view(shape),
-        output, torch.float32 if carrier == "float" else torch.int32,
-    )  # fmt: skip
+    code_dtype = torch.float32 if carrier == "float" else torch.int32
+    scale, bias = scale.view(shape) if scale.ndim else scale, None if bias is None else bias.detach().view(shape)
+    if (transposed or isinstance(layer.layer, nn.Linear)) and output is not None:
+        finish = linear(source, scale, bias, output, code_dtype)
+    else:
+        finish = convolution(source, scale, bias, output, code_dtype)
     function, (source_node,) = layer_function(layer.layer), operands(node)
     return lambda env: finish(to_float32(function(env[source_node].to(dtype), weight)))
 
@@ -131,7 +131,9 @@ def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -
 Finish = Callable[[Tensor], Tensor]
 
 
-def convolution(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid | None, carrier: torch.dtype) -> Finish:
+def convolution(
+    source: Grid, weights: Tensor, bias: Tensor | None, output: Grid | None, carrier: torch.dtype
+) -> Finish:
     """oneDNN: float32(acc) * s_x * s_w + bias, each step rounded; then rint(that * (1 / s_y) + z_y).
 
     s_x went through its reciprocal before.
@@ -150,13 +152,11 @@ def convolution(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid
     return finish
 
 
-def linear(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid | None, carrier: torch.dtype) -> Finish:
-    """FBGEMM: rint((float32(acc) + bias / s) * float32(s / s_y)) with s = s_x * s_w; as float fma(acc, s, bias)."""
+def linear(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid, carrier: torch.dtype) -> Finish:
+    """FBGEMM: rint((float32(acc) + bias / s) * float32(s / s_y)) with s = s_x * s_w."""
     scale = source.scale * weights
 
     def finish(accumulator: Tensor) -> Tensor:
-        if output is None:
-            return accumulator * scale if bias is None else fma(accumulator, scale, bias.double())
         total = accumulator if bias is None else accumulator + bias / scale
         return laws.round_to((total * laws.multiplier(scale, output)).round_(), output, carrier)
 

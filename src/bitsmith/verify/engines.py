@@ -139,11 +139,10 @@ def script_engine(program: Any, threads: int | None = None) -> Engine:
             raise VerificationError(f"torch {torch.__version__} cannot run the file: {error}") from error
         return [r.numpy() for r in (results if isinstance(results, tuple) else (results,))]
 
-    kinds = Counter(
-        node.kind() for node in program.inlined_graph.nodes() if node.kind().startswith(_TORCH_COUNTED)
-    )  # fmt: skip
-    result = next(program.inlined_graph.outputs()).node()
-    count = result.inputsSize() if result.kind() == "prim::TupleConstruct" else 1
+    graph = program.inlined_graph  # holds its nodes alive
+    kinds = Counter(node.kind() for node in graph.nodes() if node.kind().startswith(_TORCH_COUNTED))
+    result = next(graph.outputs()).node()
+    count = len(list(result.inputs())) if result.kind() == "prim::TupleConstruct" else 1
     outputs = [f"output_{index}" for index in range(count)] if count > 1 else ["output"]
     return Engine("torch", torch.__version__, names, outputs, run, kinds, call)
 

@@ -36,7 +36,6 @@ class Bounds:
 ROUNDING = Bounds(1.0, 0.02)  # no code of 8 bits or less follows: float noise alone
 TIES = Bounds(8.0, 0.15)
 SMALL_FLOAT_TIES = Bounds(16.0, 0.4)  # a step of FP8 is up to an eighth of the value
-_EXACT = {"onnxruntime", "ai8x"}  # engines whose arithmetic is known to the bit
 _PASSIVE = {"reshape", "transpose", "slice", "getitem", "max_pool", "pad", "resize_nearest"}
 
 
@@ -105,8 +104,9 @@ def _bounds(q: QuantizedModel, runtime: Engine) -> Bounds:
     if any(str(n.target).startswith("bitsmith.dynamic") and "float" not in n.args for n in q.graph.graph.nodes):
         return TIES
     floats = set(_float_nodes(q))
-    known = q.target.exact and runtime.name == q.target.engine
-    unknown = not known or bool(runtime.float_compute_kernels and not floats)
+    unknown = (
+        not q.target.exact or runtime.name != q.target.engine or bool(runtime.float_compute_kernels and not floats)
+    )
     tainted: set[fx.Node] = set()
     for node in q.graph.graph.nodes:
         if not (node in floats or any(source in tainted for source in node.all_input_nodes)):
