@@ -112,7 +112,9 @@ def deploy(
         return Deployed(open_engine(q, engine, threads))
     if q.recipe.placement == "dynamic" and engine in ("torch", "auto"):
         if engine == "auto":
-            raise DataError("engine='auto' chooses for static models: this one is dynamic, try 'torch' and 'onnxruntime'")
+            raise DataError(
+                "engine='auto' chooses for static models: this one is dynamic, try 'torch' and 'onnxruntime'"
+            )
         from .dynamic.torch_kernels import TorchDeployed
 
         return TorchDeployed(q)  # type: ignore[arg-type]

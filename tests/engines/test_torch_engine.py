@@ -243,7 +243,7 @@ def test_dictionaries_in_and_out():
 
 def test_wrong_calls_say_what_to_do(quantized, tmp_path):
     q, x = quantized
-    with pytest.raises(DataError, match="'torch' or 'auto'"):
+    with pytest.raises(DataError, match="'torch', 'ai8x' or 'auto'"):
         bs.deploy(q, "tensorrt")
     with pytest.raises(VerificationError, match="set_num_threads"):
         bs.deploy(q, "torch", threads=97)

@@ -92,7 +92,9 @@ class Target(BaseModel):
     limits: ChipLimits | None = None
     notes: tuple[str, ...] = ()
 
-    @field_serializer("integer_operators", "float_output", "float_on_codes", "keeps_scale", "per_tensor", when_used="json")
+    @field_serializer(
+        "integer_operators", "float_output", "float_on_codes", "keeps_scale", "per_tensor", when_used="json"
+    )
     def _in_order(self, names: frozenset[str]) -> list[str]:
         """Sets in one order, so that the same model is saved as the same file."""
         return sorted(names)
