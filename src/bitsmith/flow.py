@@ -39,6 +39,7 @@ def quantize(
     target: str | Target = "onnxruntime", *, placement: PlacementName | None = None,
     overrides: Iterable[Override] = (), example_inputs: Any = None, forward: ForwardFunction | None = None,
     memory: str | int = "4GB", noise_samples: int | None = None, progress: Progress | None = None,
+    resume: str | Path | None = None,
 ) -> QuantizedModel:  # fmt: skip
     """Static post-training quantization of a trained model.
 
@@ -48,7 +49,9 @@ def quantize(
     ``target`` a name or a Target; ``placement`` and
     ``overrides`` change the recipe's own. ``memory`` bounds the activations kept at a time, beyond which they go to
     a temporary file. ``noise_samples`` is how many samples the quantized stream follows, for per-layer noise and
-    the recipe's steps (default 128; 512 with GPTQ); ranges see all samples.
+    the recipe's steps (default 128; 512 with GPTQ, 1024 where rounding is learned); ranges see all samples.
+    ``resume`` names a folder in which steps that learn keep each layer or block they have finished: a run that was
+    killed goes on from there, to the same result.
 
     The caller's model is not changed; in train mode it is run in eval mode and put back. Raises a subclass of
     BitsmithError that names the layer or the batch.
@@ -98,7 +101,7 @@ def quantize(
     channels_last(graph)
     log = calibrate(
         graph, placed, batches, target, memory=parse_memory(memory), noise_samples=samples,
-        steps=recipe.steps, progress=progress,
+        steps=recipe.steps, progress=progress, resume=None if resume is None else Path(resume),
     )  # fmt: skip
     clock.lap("calibrate")
     return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))

@@ -16,6 +16,7 @@ class _Step(BaseModel):
 
     stage: ClassVar[Stage]
     samples: ClassVar[int] = 128
+    changes_bias: ClassVar[bool] = False  # layers without a bias get one
     name: str
 
     def __str__(self) -> str:
@@ -109,10 +110,85 @@ class Qronos(ColumnByColumn):
     damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
 
 
+Form = Literal["hard_sigmoid", "sigmoid", "linear"]
+
+
+class _Learned(_Step):
+    """What learning to round needs, by layer or by block.
+
+    ``form`` is how a number between rounding down and up depends on what is learned: a stretched and clipped sigmoid
+    (AdaRound, equation 23), a plain sigmoid, or ``linear``: rounded in the forward pass with a straight-through
+    gradient (SignRound, arXiv 2309.05516). The first two are driven to 0 or 1 by ``regulariser``, whose exponent
+    falls from ``beta_start`` to ``beta_end`` after the first ``warmup`` of the iterations. ``dtype`` bfloat16
+    computes the forward pass so; ``device`` None stays where the model is.
+    """
+
+    stage: ClassVar[Stage] = "weights"
+    samples: ClassVar[int] = 1024
+    changes_bias: ClassVar[bool] = True
+    form: Form = "hard_sigmoid"
+    iterations: int = Field(default=1000, ge=1)
+    lr: float | None = Field(default=None, gt=0.0, description="None: 0.03; for 'linear' 2 / iterations, falling to 0")
+    regulariser: float = Field(default=20.0, ge=0.0, description="against a loss that is 1 for nearest rounding")
+    beta_start: float = Field(default=20.0, ge=2.0)
+    beta_end: float = Field(default=2.0, ge=1.0)
+    warmup: float = Field(default=0.2, ge=0.0, lt=1.0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str | None = None
+    seed: int = 0
+
+    def rate(self, progress: float) -> float:
+        """The learning rate of the rounding when ``progress`` of the iterations are done."""
+        if self.form == "linear":
+            return (self.lr or 2.0 / self.iterations) * (1.0 - progress)
+        return self.lr or 0.03
+
+
+class LearnedRounding(_Learned):
+    """AdaRound (arXiv 2004.10568): learn layer by layer which weights to round up.
+
+    ``target`` is the layer's ``output``, whose squared error over all samples is a quadratic form of the weights (no
+    minibatches: every iteration sees all the data), or what its ``activation`` function and Quantizer make of it,
+    learned on minibatches of ``batch_size`` (default 32). ``inputs`` are of the quantized or the float stream.
+    """
+
+    name: Literal["learned_rounding"] = "learned_rounding"
+    target: Literal["output", "activation"] = "output"
+    inputs: Literal["quantized", "float"] = "quantized"
+    batch_size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _minibatches(self) -> LearnedRounding:
+        if self.target == "output" and (self.batch_size is not None or self.dtype != "float32" or self.seed):
+            raise ValueError(
+                "batch_size, dtype and seed belong to target 'activation': the output's error over all samples is "
+                "summed once, in float64"
+            )
+        return self
+
+
+class Reconstruct(_Learned):
+    """Block reconstruction (BRECQ, arXiv 2102.05426) with QDrop (arXiv 2203.05740).
+
+    The rounding of a block's weights, its biases and the scales of its activations are learned together, so that
+    the block's output is that of the float model. ``drop`` is how often an activation is left unquantized while
+    learning. Blocks end where one value is alive; neighbours are joined while they have ``layers`` layers or less.
+    A learning rate of 0 leaves biases or scales as they are.
+    """
+
+    name: Literal["reconstruct"] = "reconstruct"
+    layers: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    drop: float = Field(default=0.5, ge=0.0, lt=1.0)
+    lr_bias: float = Field(default=1e-3, ge=0.0, description="in standard deviations of the layer's output")
+    lr_scale: float = Field(default=1e-3, ge=0.0, description="of the scale's logarithm")
+
+
 class BiasCorrection(_Step):
     """Take the mean error of a layer's output out of its bias (arXiv 1906.04721, section 4.2)."""
 
     stage: ClassVar[Stage] = "bias"
+    changes_bias: ClassVar[bool] = True
     name: Literal["bias_correction"] = "bias_correction"
 
 
@@ -120,6 +196,7 @@ class ReestimateBatchNorm(_Step):
     """Give every output channel its float mean and variance back: batch-norm statistics after quantization."""
 
     stage: ClassVar[Stage] = "bias"
+    changes_bias: ClassVar[bool] = True
     name: Literal["reestimate_batch_norm"] = "reestimate_batch_norm"
 
 
@@ -131,6 +208,8 @@ Step = Annotated[
     | Gptq
     | Gpfq
     | Qronos
+    | LearnedRounding
+    | Reconstruct
     | BiasCorrection
     | ReestimateBatchNorm,
     Field(discriminator="name"),

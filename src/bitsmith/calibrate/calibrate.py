@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -28,13 +29,14 @@ _MIN_CHUNK = 4
 def calibrate(
     graph: fx.GraphModule, placed: Placed, batches: list[Arguments], target: Target, *, memory: int,
     noise_samples: int = 128, steps: tuple[Step, ...] = (), progress: Progress | None = None,
+    resume: Path | None = None,
 ) -> WalkLog:  # fmt: skip
     """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
     set_weight_grids(placed)
     chunks = rechunk(graph, batches)
     return Walk(
         graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples,
-        steps=steps, progress=progress,
+        steps=steps, progress=progress, resume=resume,
     ).run()  # fmt: skip
 
 

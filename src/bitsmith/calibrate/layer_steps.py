@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class LayerSteps:
     """Runs the steps that change weights and biases, on what the walk has at hand."""
 
-    def __init__(self, walk: Walk, steps: tuple[Step, ...]) -> None:
+    def __init__(self, walk: Walk, steps: Sequence[Step]) -> None:
         self.walk = walk
         self.rounding: list[LayerStep] = [layer_step(step) for step in steps if step.stage == "weights"]
         bits = [step.accumulator_bits for step in steps if isinstance(step, ColumnByColumn)]

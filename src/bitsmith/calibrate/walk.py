@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ from ..optimize.visit import StepLog, Stream
 from ..place.macs import elements_of
 from ..place.place import ScaleGroup
 from ..ranges import activation_grid, activation_statistic
-from ..steps import Step
+from ..steps import Reconstruct, Step
 from ..targets import Target
 from .bias import set_bias_grid
+from .block_steps import BlockSteps, learns_from_minibatches
+from .blocks import Block, cut_by_layer, cut_into_blocks
 from .groups import join_grids
 from .layer_steps import LayerSteps
 from .noise import Noise, OutputNoise
+from .resume import Resume, fingerprint
 from .shift import tie_weight_scale
 from .stages import Stage, cut_into_stages
 from .store import Store
@@ -58,6 +62,7 @@ class Walk:
     def __init__(
         self, graph: fx.GraphModule, batches: list[Arguments], groups: list[ScaleGroup], target: Target, *,
         memory: int, noise_samples: int = 128, steps: tuple[Step, ...] = (), progress: Progress | None = None,
+        resume: Path | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.target, self.progress = graph, target, progress
         self.chunks = list(batches)
@@ -65,7 +70,11 @@ class Walk:
         self.quantized_chunks = _chunks_for(self.counts, noise_samples)
         self.stages = cut_into_stages(graph)
         self.group_of = {id(q): group for group in groups for q in group.members}
-        self.steps = LayerSteps(self, steps)
+        self.block_steps = BlockSteps(self, next(filter(learns_from_minibatches, steps), None))
+        self.steps = LayerSteps(self, [step for step in steps if not learns_from_minibatches(step)])
+        self.blocks = self._cut()
+        options = repr((steps, self.quantized_chunks))
+        self.resume = None if resume is None else Resume(resume, fingerprint(graph, self.chunks, options))
         self._in_place = _overwritable(self.stages)
         self.grids: dict[int, Grid] = {}
         self.statistics: dict[int, Any] = {}
@@ -78,23 +87,31 @@ class Walk:
         """Walk to the end."""
         with torch.no_grad(), self.store:
             self._load_inputs()
-            for index, stage in enumerate(self.stages):
-                if self.progress is not None:
-                    self.progress(index, len(self.stages), str(stage.end.target))
-                self._run_float_to(self._needed_for(index))
-                if stage.observes and stage.quantizer is not None:
-                    self._fix_grid(stage.quantizer, stage)
-                if stage.layer is not None and stage.compute is not None:
-                    output = None if stage.quantizer is None else stage.quantizer.grid
-                    tie_weight_scale(stage.layer, stage.compute, output, self.target)
-                    set_bias_grid(stage.layer, stage.compute, self.target.bias_unit)
-                self._run_quantized(stage)
+            position = 0
+            for index, block in enumerate(self.blocks):
+                for stage in block.stages:
+                    self._run_float_to(self._needed_for(self.stages.index(stage)))
+                    self._fix_grids(stage)
+                self.block_steps.run(block, index)
+                for stage in block.stages:
+                    if self.progress is not None:
+                        self.progress(position, len(self.stages), str(stage.end.target))
+                    self._run_quantized(stage)
+                    position += 1
+                self._release("float", self._read_by_steps(block))
             self._measure_outputs()
             if self.progress is not None:
                 self.progress(len(self.stages), len(self.stages), "done")
-            self.log.steps = self.steps.log
+            self.log.steps = [*self.block_steps.log, *self.steps.log]
             self.log.spilled_bytes = self.store.spilled_bytes
         return self.log
+
+    def _cut(self) -> list[Block]:
+        """Blocks as the recipe's step wants them; stage by stage where no step looks at blocks."""
+        step = self.block_steps.step
+        if isinstance(step, Reconstruct):
+            return cut_into_blocks(self.graph, self.stages, step.layers)
+        return cut_by_layer(self.graph, self.stages)
 
     # The streams
 
@@ -227,6 +244,15 @@ class Walk:
         first = sum(self.counts[:chunk])
         return f"samples {first} to {first + self.counts[chunk] - 1} of the calibration set"
 
+    def _fix_grids(self, stage: Stage) -> None:
+        """The grid of a stage's Quantizer, where it is observed there, and those that its layer's follow from."""
+        if stage.observes and stage.quantizer is not None:
+            self._fix_grid(stage.quantizer, stage)
+        if stage.layer is not None and stage.compute is not None:
+            output = None if stage.quantizer is None else stage.quantizer.grid
+            tie_weight_scale(stage.layer, stage.compute, output, self.target)
+            set_bias_grid(stage.layer, stage.compute, self.target.bias_unit)
+
     def _fix_grid(self, quantizer: Quantizer, stage: Stage) -> None:
         group = self.group_of.get(id(quantizer))
         if id(quantizer) not in self.grids:
@@ -263,6 +289,8 @@ class Walk:
         if stream == "float":
             for stage in self.stages:
                 readers += self._read_beside(stage)
+            for block in self.blocks:
+                readers += self._read_by_steps(block)
         return dict(Counter(readers))
 
     def _read_beside(self, stage: Stage) -> list[str]:
@@ -271,6 +299,12 @@ class Walk:
             return []
         inputs = stage.inputs if self.steps.needs_float_inputs else []
         return [*(source.name for source in inputs), stage.end.name]
+
+    def _read_by_steps(self, block: Block) -> list[str]:
+        """Values of the float stream that a step on blocks learns from."""
+        if self.block_steps.step is None:
+            return []
+        return [node.name for node in [*block.sources, *block.ends]]
 
     def _release(self, stream: str, names: list[str]) -> None:
         for name in names:

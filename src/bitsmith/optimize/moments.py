@@ -152,6 +152,11 @@ def _patches(windows: _Windows, x: Tensor, groups: int) -> Tensor:
     return x.flatten(1, 1 + rank).flatten(2)
 
 
+def patches_of(layer: nn.Module, x: Tensor, groups: int) -> Tensor:
+    """The patches of ``x`` that a convolution's rows are multiplied with: (groups, count, columns)."""
+    return _patches(_windows(layer, x), x, groups)
+
+
 class _Bands:
     """An input whose windows are unfolded along all axes but the last: ``rows`` is (rows, positions, band).
 

@@ -205,7 +205,7 @@ def _activation_specs(
 def _add_quantizer(graph: fx.GraphModule, name: str, quantizer: Quantizer) -> str:
     if not hasattr(graph, "quantizers"):
         graph.add_module("quantizers", nn.Module())
-    path = f"quantizers.{name}"
+    path = f"quantizers.{name}_" if hasattr(nn.Module, name) else f"quantizers.{name}"  # "to", "float" ...
     graph.add_submodule(path, quantizer)
     return path
 
@@ -269,11 +269,8 @@ def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override],
         weights, bias = override.weights or weights, override.bias or bias
     module = graph.get_submodule(str(node.target))
     layer = module.layer if isinstance(module, QuantLayer) else module
-    if (
-        any(step.stage == "bias" for step in recipe.steps)
-        and op_of(node).role == "compute"
-        and getattr(layer, "bias", None) is None
-    ):
+    changes_bias = any(step.changes_bias for step in recipe.steps)
+    if changes_bias and op_of(node).role == "compute" and getattr(layer, "bias", None) is None:
         layer.bias = nn.Parameter(torch.zeros(_channels(layer)), requires_grad=False)
     weight_quantizer = Quantizer(weights) if weights else None
     quantized_input = quantizer_of(node.args[0]) is not None and weights is not None

@@ -1,0 +1,201 @@
+"""Block reconstruction at its turn in the walk: held against the block as it was, and undone where it does harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.ops import module_of
+from ..errors import RecipeError
+from ..grid import Grid, Quantizer
+from ..optimize.reconstruct import reconstruct
+from ..optimize.trainable import TrainableBlock
+from ..optimize.visit import StepLog
+from ..steps import LearnedRounding, Reconstruct
+from .bias import set_bias_grid
+from .blocks import Block
+from .samples import Samples
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+
+def learns_from_minibatches(step: Any) -> TypeGuard[Reconstruct | LearnedRounding]:
+    """Whether a step is carried out here: on blocks, or on layers with their activation functions."""
+    return isinstance(step, Reconstruct) or (isinstance(step, LearnedRounding) and step.target == "activation")
+
+
+class BlockSteps:
+    """Runs a step that learns from minibatches, on one block after the other."""
+
+    def __init__(self, walk: Walk, step: Reconstruct | LearnedRounding | None) -> None:
+        self.walk, self.step = walk, step
+        self.device = _device(step)
+        self.log: list[StepLog] = []
+
+    def run(self, block: Block, index: int) -> None:
+        """Reconstruct a block whose grids are set; both streams stand at its start, the float one also at its end."""
+        if self.step is None or not block.layers:
+            return
+        log = StepLog(self.step.name, block.name)
+        piece, state = f"block-{index:03}", _State(block)
+        saved = self.walk.resume.load(piece) if self.walk.resume is not None else None
+        if saved is not None:
+            tensors, notes = saved
+            state.take(tensors)
+            log = StepLog(**notes)
+        else:
+            self._learn_or_undo(block, state, log, index)
+        self._set_bias_grids(block)
+        self._remember_grids(block)
+        if self.walk.resume is not None and saved is None:
+            self.walk.resume.save(piece, state.tensors(), asdict(log))
+        self.log.append(log)
+
+    def _learn_or_undo(self, block: Block, state: _State, log: StepLog, index: int) -> None:
+        """Reconstruct; where the error of the block's output has not become less, the block is put back."""
+        start, before = time.perf_counter(), state.copy()
+        log.before = self._error(block)
+        self._learn(block, index)
+        self._set_bias_grids(block)
+        log.after = self._error(block)
+        if not log.after < log.before:
+            state.restore(*before)
+            log.undone = True
+        log.seconds = time.perf_counter() - start
+
+    def _learn(self, block: Block, index: int) -> None:
+        assert self.step is not None
+        walk, options = self.walk, _as_reconstruct(self.step)
+        seed = options.seed * 1_000_003 + index
+        first, began = walk.stages.index(block.stages[0]), time.perf_counter()
+
+        def report(done: int, of: int) -> None:
+            if walk.progress is not None:
+                left = (time.perf_counter() - began) / max(done, 1) * (of - done)
+                text = f"{block.name}: {done} of {of} iterations" + (f", {left:.0f} s left" if done else "")
+                walk.progress(first, len(walk.stages), text)
+
+        float_inputs = isinstance(self.step, LearnedRounding) and self.step.inputs == "float"
+        samples = Samples(walk, block, self.device, float_inputs=float_inputs)
+        batches = samples.minibatches(options.batch_size, options.iterations, seed)
+        with self._on_device(block), torch.enable_grad():
+            trainable = TrainableBlock(
+                walk.graph, block.nodes, block.ends, form=options.form, frozen=walk.steps._is_shared,
+                shared=lambda q: self._scale_key(block, q), drop=options.drop, seed=seed,
+            )  # fmt: skip
+            reconstruct(trainable, batches, options, report)
+
+    @contextmanager
+    def _on_device(self, block: Block) -> Iterator[None]:
+        """The block's modules on the device that was asked for, and back where they were."""
+        modules = [m for node in block.nodes if (m := module_of(node)) is not None] if self.device is not None else []
+        home = next((t.device for m in modules for t in (*m.parameters(), *m.buffers())), torch.device("cpu"))
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to(home)
+
+    def _scale_key(self, block: Block, quantizer: Quantizer) -> int | None:
+        """What Quantizers of one scale have in common; None where some of them lie outside the block."""
+        group = self.walk.group_of.get(id(quantizer))
+        if group is None:
+            return id(quantizer)
+        inside = {id(stage.quantizer) for stage in block.stages if stage.observes}
+        return id(group) if all(id(member) in inside for member in group.members) else None
+
+    def _set_bias_grids(self, block: Block) -> None:
+        for stage in block.layers:
+            assert stage.layer is not None
+            set_bias_grid(stage.layer, stage.compute, self.walk.target.bias_unit)
+
+    def _remember_grids(self, block: Block) -> None:
+        for stage in block.stages:
+            if stage.observes and stage.quantizer is not None:
+                self.walk.grids[id(stage.quantizer)] = stage.quantizer.require_grid()
+
+    @torch.no_grad()
+    def _error(self, block: Block) -> float:
+        """The squared error of the block's ends over all samples, as the walk itself will run it."""
+        walk, total = self.walk, 0.0
+        for chunk in range(walk.quantized_chunks):
+            env = {node: walk._read("quantized", node, chunk) for node in [*block.sides, *block.sources]}
+            for node in block.nodes:
+                value = walk._call("quantized", node, env)
+                env[node] = value
+            for end in block.ends:
+                exact = walk.store.get(("float", end.name, chunk))
+                total += float((env[end] - exact).square().sum(dtype=torch.float64))
+        return total
+
+
+def _as_reconstruct(step: Reconstruct | LearnedRounding) -> Reconstruct:
+    """Learned rounding of layers is reconstruction of one layer at a time, of its rounding alone."""
+    if isinstance(step, Reconstruct):
+        return step
+    own = step.model_dump(exclude={"name", "target", "inputs", "batch_size"})
+    return Reconstruct(**own, layers=1, batch_size=step.batch_size or 32, drop=0.0, lr_bias=0.0, lr_scale=0.0)
+
+
+def _device(step: Reconstruct | LearnedRounding | None) -> torch.device | None:
+    if step is None or step.device is None:
+        return None
+    try:
+        device = torch.device(step.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"the step {step.name} asks for device {step.device!r}, which is not here: {error}"
+        ) from error
+    return device
+
+
+class _State:
+    """The parameters and grids of a block: to be put back, kept in a file, or taken from there."""
+
+    def __init__(self, block: Block) -> None:
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.quantizers: dict[str, Quantizer] = {}
+        for stage in block.stages:
+            if stage.layer is not None and stage.compute is not None:
+                name = str(stage.compute.target)
+                self.parameters |= {f"{name}.{n}": p for n, p in stage.layer.layer.named_parameters()}
+                if stage.layer.weight_quantizer is not None:
+                    self.quantizers[f"{name}.weight_scale"] = stage.layer.weight_quantizer
+            if stage.observes and stage.quantizer is not None:
+                self.quantizers[f"{stage.end.name}.scale"] = stage.quantizer
+
+    def copy(self) -> tuple[dict[str, Tensor], dict[str, Grid]]:
+        """Values and grids as they are now."""
+        values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return values, {name: grid for name, q in self.quantizers.items() if (grid := q.grid) is not None}
+
+    def restore(self, values: dict[str, Tensor], grids: dict[str, Grid]) -> None:
+        """Put a copy back."""
+        for name, value in values.items():
+            self.parameters[name].data.copy_(value)
+        for name, grid in grids.items():
+            self.quantizers[name].set_grid(grid)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Values and scales by name."""
+        values, grids = self.copy()
+        return values | {name: grid.scale for name, grid in grids.items()}
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Values and scales from a file."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[name])
+        for name, quantizer in self.quantizers.items():
+            if (grid := quantizer.grid) is not None:
+                quantizer.set_grid(dataclasses.replace(grid, scale=tensors[name].to(grid.scale.device)))
