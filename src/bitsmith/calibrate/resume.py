@@ -18,6 +18,7 @@ from ..files import atomic_write, prepare_output_dir, write_text
 from ..grid import Quantizer
 
 _RUN = "run.json"
+_FORMAT = 1  # raised when what is learned changes
 
 
 class Resume:
@@ -36,7 +37,7 @@ class Resume:
                 raise CheckpointError(f"{run} cannot be read ({error}): empty the folder to start afresh") from error
             if known != fingerprint:
                 raise CheckpointError(
-                    f"the resume folder {folder} holds a run with another model, recipe, calibration data or version: "
+                    f"the resume folder {folder} holds a run with another model, recipe, calibration data or version of torch: "
                     "name another folder, or empty it to start afresh"
                 )
         elif any(self.folder.glob("*.safetensors")):
@@ -65,9 +66,7 @@ class Resume:
 
 def fingerprint(graph: nn.Module, batches: Iterable[Any], options: str) -> str:
     """A hash of the graph's parameters and specs, the calibration data and the options."""
-    from .. import __version__
-
-    digest = hashlib.sha256(f"{__version__} {torch.__version__} {options}".encode())
+    digest = hashlib.sha256(f"{_FORMAT} {torch.__version__} {options}".encode())
     for name, module in graph.named_modules():
         if isinstance(module, Quantizer):
             digest.update(f"{name} {module.spec!r}".encode())
