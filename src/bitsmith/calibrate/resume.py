@@ -37,8 +37,8 @@ class Resume:
                 raise CheckpointError(f"{run} cannot be read ({error}): empty the folder to start afresh") from error
             if known != fingerprint:
                 raise CheckpointError(
-                    f"the resume folder {folder} holds a run with another model, recipe, calibration data or version of torch: "
-                    "name another folder, or empty it to start afresh"
+                    f"the resume folder {folder} holds a run with another model, recipe, calibration data or "
+                    "version of torch: name another folder, or empty it to start afresh"
                 )
         elif any(self.folder.glob("*.safetensors")):
             raise CheckpointError(f"the resume folder {folder} holds other files: name an empty folder")
