@@ -40,14 +40,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[bool]:
 
 
 def capture(
-    model: nn.Module, arguments: Arguments | Any, *, free_axes: tuple[int, ...] = (0,), whole_attention: bool = False
+    model: nn.Module, arguments: Arguments | Any, *, free_length: bool = False, whole_attention: bool = False
 ) -> fx.GraphModule:
     """The LayerGraph of a model: an ``fx.GraphModule`` of ``torch.nn`` layers under their own names.
 
     ``arguments`` is ``(args, kwargs)`` of one batch, or a tuple of positional arguments. The model is not
     changed: its weights are copied. Raises CaptureError with the line of the user's code that cannot be read,
-    and DataError where the model itself does not take the batch. ``free_axes`` of the inputs may have other sizes
-    later, where the model's code allows it; ``whole_attention`` keeps scaled_dot_product_attention as one operator.
+    and DataError where the model itself does not take the batch. ``free_length``: sequences may have another
+    length later, where the model's code allows it; ``whole_attention`` keeps scaled_dot_product_attention as one operator.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     >>> graph = capture(net, (torch.zeros(2, 3, 8, 8),))
@@ -59,7 +59,7 @@ def capture(
         model = getattr(model, _WRAPPERS[type(model).__name__])
     check_finite(model)
     with evaluation_mode(model), marking(model):
-        export = partial(export_graph, free_axes=free_axes)
+        export = partial(export_graph, free_length=free_length)
         attempts = ((export, True), (trace_graph, True), (export, False))
         failures: list[Exception] = []
         for attempt, dynamic in attempts:

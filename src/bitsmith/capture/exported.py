@@ -48,17 +48,20 @@ def at_least_two(arguments: Arguments) -> Arguments:
 
 
 def export_graph(
-    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool = True, free_axes: tuple[int, ...] = (0,)
+    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool = True, free_length: bool = False
 ) -> fx.GraphModule:
     """The model as a functional ATen graph with its parameters as attributes.
 
-    The ``free_axes`` of every input tensor, the leading one, are dynamic where the model's own code allows it.
+    The leading dimension of every input tensor is dynamic where the model's own code allows it; with ``free_length``
+    also the next one of sequences, which are inputs of rank 3, and integers or masks of rank 2.
     """
     args, kwargs = at_least_two(arguments) if dynamic_batch else arguments
 
     def dims(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim:
-            return {axis: torch.export.Dim.AUTO for axis in free_axes if axis < value.ndim}
+            is_sequence = value.ndim == 3 or (value.ndim == 2 and not value.is_floating_point())
+            axes = (0, 1) if free_length and is_sequence else (0,)
+            return dict.fromkeys(axes, torch.export.Dim.AUTO)
         return None
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments

@@ -70,7 +70,7 @@ class DynamicModel(nn.Module):
                     "a file is made from a graph, and a graph from one batch of inputs: run the model once, or pass "
                     "example_inputs=batch to quantize_dynamic"
                 )
-            graph = capture(self.model, self.example_inputs, free_axes=(0, 1), whole_attention=True)
+            graph = capture(self.model, self.example_inputs, free_length=True, whole_attention=True)
             graph.meta["float_bytes"] = self.float_bytes
             self._captured = QuantizedModel(graph, self.recipe, self.target, self.report, self.signature)
         return self._captured

@@ -156,6 +156,15 @@ def _ai8x(path: Path) -> Engine:
     return Engine("ai8x", import_module("bitsmith").__version__, [chip.input], ["output"], chip.run, kernels)
 
 
+def open_verifiable(path: str | Path, engine: EngineName = "onnxruntime") -> Engine:
+    """``open_engine``, so that the file's results do not depend on the number of threads.
+
+    onnxruntime's DynamicQuantizeLSTM gives each thread some rows of the batch, and their states a scale of their own.
+    """
+    opened = open_engine(path, engine)
+    return open_engine(path, engine, threads=1) if opened.kernels["DynamicQuantizeLSTM"] else opened
+
+
 def _onnxruntime(path: Path, threads: int | None) -> Engine:
     import onnxruntime as ort
 

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, VerificationError
 from ..files import atomic_write, write_text
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
-from .engines import engine_for, engine_of, open_engine
+from .engines import engine_for, engine_of, open_verifiable
 from .verify import compare_output, file_digest, flat_inputs, input_names
 
 EVIDENCE = "evidence.safetensors"
@@ -56,7 +56,7 @@ def verify_folder(folder: str | Path) -> Certificate:
             raise VerificationError(
                 f"{present} is not the file that was certified: its SHA-256 differs; export it again"
             )
-    runtime = open_engine(path, engine_of(path, wanted=engine_for(recorded.engine)))
+    runtime = open_verifiable(path, engine_of(path, wanted=engine_for(recorded.engine)))
     if len(runtime.outputs) != len(recorded.outputs):
         raise VerificationError(f"{path} has {len(runtime.outputs)} outputs, its certificate {len(recorded.outputs)}")
     feeds = {name: np.ascontiguousarray(_tensor(tensors, f"input.{name}", folder).numpy()) for name in runtime.inputs}

@@ -18,7 +18,7 @@ from ..errors import VerificationError
 from ..grid import FloatFormat, IntFormat
 from ..model import QuantizedModel
 from .certificate import Certificate, OutputComparison, judge
-from .engines import Engine, EngineName, companion_files, engine_for, engine_of, open_engine
+from .engines import Engine, EngineName, companion_files, engine_for, engine_of, open_verifiable
 
 if TYPE_CHECKING:
     from ..dynamic import DynamicModel
@@ -50,7 +50,7 @@ def verify(
     whether it passed; nothing is raised for a difference, only for a file that cannot be run.
     """
     q = q.captured()
-    runtime = open_engine(path, engine_of(path, engine, engine_for(q.target.engine)))
+    runtime = open_verifiable(path, engine_of(path, engine, engine_for(q.target.engine)))
     batches = _batches(q, inputs)
     executor, comparison = q.integer_executor(), _Comparison(q, runtime)
     for batch in batches:

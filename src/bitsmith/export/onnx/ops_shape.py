@@ -99,7 +99,10 @@ def squeeze(call: Call) -> Result:
     dims = call.args.get("dim", range(call.fake().ndim))
     shape = call.fake().shape
     chosen = [call.dim(dim) for dim in ([dims] if isinstance(dims, int) else dims)]
-    axes = [dim for dim in chosen if is_static(shape[dim]) and int(shape[dim]) == 1]
+    if call.out.ndim == len(shape) - len(chosen):
+        axes = chosen  # all go, also one whose size was found to be 1 as the graph was read
+    else:
+        axes = [dim for dim in chosen if is_static(shape[dim]) and int(shape[dim]) == 1]
     return call.emit("Squeeze", call.tensor(), call.ints(axes)) if axes else call.tensor()
 
 
