@@ -11,8 +11,11 @@ interleaved as in `benchmarks.latency`; its baseline is the faster of the rivals
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
+import io
+import logging
 import math
 import tempfile
 import time
@@ -158,9 +161,7 @@ def _accuracy_charlstm(recipe: str) -> Iterator[Accuracy]:
         with torch.inference_mode():
             found, samples = bits_per_character(model, 500 if variant == "float" else 1)
         seconds = time.perf_counter() - start
-        yield Accuracy(
-            "charlstm", checkpoint, variant, "bits/char", found, found - exact, samples, size, seconds
-        )
+        yield Accuracy("charlstm", checkpoint, variant, "bits/char", found, found - exact, samples, size, seconds)
 
 
 def _accuracy_minilm(recipe: str) -> Iterator[Accuracy]:
@@ -173,9 +174,7 @@ def _accuracy_minilm(recipe: str) -> Iterator[Accuracy]:
             found, samples = sentence_spearman(model)
         seconds = time.perf_counter() - start
         exact = found if exact is None else exact
-        yield Accuracy(
-            "minilm", checkpoint, variant, "100 x Spearman", found, found - exact, samples, size, seconds
-        )
+        yield Accuracy("minilm", checkpoint, variant, "100 x Spearman", found, found - exact, samples, size, seconds)
 
 
 def variants(net: nn.Module, recipe: str, example: tuple[Tensor, ...]) -> Iterator[tuple[str, Model, float]]:
@@ -189,7 +188,11 @@ def variants(net: nn.Module, recipe: str, example: tuple[Tensor, ...]) -> Iterat
     with tempfile.TemporaryDirectory() as folder:
         q = bs.quantize_dynamic(net, recipe, target="torch")
         bs.save(q, folder)
-        yield f"bitsmith {recipe} torch", bs.deploy(q, engine="torch"), _megabytes(Path(folder, "quantized.safetensors"))
+        yield (
+            f"bitsmith {recipe} torch",
+            bs.deploy(q, engine="torch"),
+            _megabytes(Path(folder, "quantized.safetensors")),
+        )
     with tempfile.TemporaryDirectory() as folder:
         for name, path in onnxruntime_files(net, example, Path(folder)):
             yield name, bs.deploy(path, threads=THREADS), _megabytes(path)
@@ -204,12 +207,14 @@ def onnxruntime_files(net: nn.Module, example: tuple[Tensor, ...], folder: Path)
     names = [f"x{i}" for i in range(len(example))]
     if example[0].dtype == torch.int64:
         axes = {names[0]: {1: "length"}}
-    with warnings.catch_warnings(), torch.no_grad():
+    export = partial(torch.onnx.export, copy.deepcopy(net).eval(), example, str(source), input_names=names)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            copy.deepcopy(net).eval(), example, str(source), dynamo=False, opset_version=17, input_names=names,
-            dynamic_axes=axes,
-        )  # fmt: skip
+        try:  # the older exporter's files are those whose LSTM onnxruntime's tool quantizes
+            export(dynamo=False, opset_version=17, dynamic_axes=axes)
+        except torch.onnx.OnnxExporterError:
+            export(dynamo=True, opset_version=18, verbose=False)
+    logging.getLogger().setLevel(logging.ERROR)
     for per_channel in (False, True):
         path = folder / f"theirs-{per_channel}.onnx"
         quantize_dynamic(str(source), str(path), per_channel=per_channel, weight_type=QuantType.QInt8)
