@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import bitsmith as bs
 from benchmarks.data import data_file
-from benchmarks.latency import Run, interleave
+from benchmarks.latency import interleave
 from benchmarks.nets.char_lstm import CharLSTM
 from benchmarks.nets.sentence_encoder import SentenceEncoder
 from benchmarks.nets.silero_vad import CHUNK, CONTEXT, SileroVAD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,3 +117,29 @@ def test_recipes_survive_yaml() -> None:
     for name in ("int8-dynamic", "int8-dynamic-token", "fp16-dynamic"):
         recipe = bs.load_recipe(name)
         assert bs.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+_FACTORY = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+"""
+
+
+def test_the_command_line_needs_no_calibration_data(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from bitsmith.cli import app
+
+    (tmp_path / "model.py").write_text(_FACTORY)
+    x = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=np.arange(40) % 3)
+    arguments = ["quantize", f"{tmp_path}/model.py:net", "--recipe", "int8-dynamic", "-o", f"{tmp_path}/out"]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code
+    done = CliRunner().invoke(app, [*arguments, "--validation-dir", f"{tmp_path}/data.npz", "--no-latency"])
+    assert not done.exit_code, done.output
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    assert "PASSED" in done.output
+    again = CliRunner().invoke(app, ["verify", f"{tmp_path}/out"])
+    assert not again.exit_code, again.output

@@ -47,7 +47,7 @@ def capture(
     ``arguments`` is ``(args, kwargs)`` of one batch, or a tuple of positional arguments. The model is not
     changed: its weights are copied. Raises CaptureError with the line of the user's code that cannot be read,
     and DataError where the model itself does not take the batch. ``free_length``: sequences may have another
-    length later, where the model's code allows it; ``whole_attention`` keeps scaled_dot_product_attention as one operator.
+    length later, where the model's code allows it; ``whole_attention`` keeps scaled_dot_product_attention whole.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     >>> graph = capture(net, (torch.zeros(2, 3, 8, 8),))

@@ -24,8 +24,14 @@ Weights = Annotated[
     typer.Option(help="Weights: .safetensors, .pt or .pth; nothing in them is executed", metavar="FILE"),
 ]
 Calibration = Annotated[
-    str,
-    typer.Option("--calibration-dir", "--calibration", metavar="DATA", help=f"Data to find ranges with: {_DATA}"),
+    str | None,
+    typer.Option(
+        "--calibration-dir",
+        "--calibration",
+        metavar="DATA",
+        help=f"Data to find ranges with: {_DATA}. Dynamic recipes need none",
+        show_default=False,
+    ),
 ]
 Validation = Annotated[
     str | None,
@@ -43,7 +49,8 @@ ValidationSamples = Annotated[
 Recipe = Annotated[
     str | None,
     typer.Option(
-        help="int8, int8-tensor, int8-po2, w8a16, int16, fp8, ai8x or a YAML file [default: the target's, mostly int8]",
+        help="int8, int8-tensor, int8-po2, w8a16, int16, fp8, ai8x, int8-dynamic, fp16-dynamic or a YAML file "
+        "[default: the target's, mostly int8]",
         show_default=False,
     ),
 ]

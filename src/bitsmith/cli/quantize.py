@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def quantize(
     model: o.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for all results")],
-    calibration: o.Calibration,
+    calibration: o.Calibration = None,
     validation: o.Validation = None,
     weights: o.Weights = None,
     recipe: o.Recipe = None,
@@ -66,7 +66,7 @@ def quantize(
 @app.command()
 def evaluate(
     model: o.Model,
-    calibration: o.Calibration,
+    calibration: o.Calibration = None,
     validation: o.Validation = None,
     weights: o.Weights = None,
     output: Annotated[
@@ -112,7 +112,7 @@ class Drawing:
 def make_job(
     model: str,
     weights: Path | None,
-    calibration: str,
+    calibration: str | None,
     validation: str | None,
     drawing: Drawing,
     images: Preprocess,
@@ -126,14 +126,27 @@ def make_job(
     # What costs least comes first: settings, the metric, the data, and the model, which may take a while to build.
     settings = check_settings(settings)
     measure = None if metric is None else load_metric(metric)
-    found = load_data(calibration, samples=drawing.calibration, preprocess=images, seed=drawing.seed)
-    judged = None
-    if validation is not None:
+    if calibration is None:
+        _check_dynamic(settings, validation)
+        found = judged = load_data(str(validation), samples=drawing.validation, preprocess=images, seed=drawing.seed)
+    else:
+        found, judged = load_data(calibration, samples=drawing.calibration, preprocess=images, seed=drawing.seed), None
+    if calibration is not None and validation is not None:
         judged = load_data(validation, samples=drawing.validation, preprocess=images, seed=drawing.seed, exclude=found)
     loaded = load_model(model, weights)
     if (note := weights_note(model, weights)) is not None:
         say(f"note: {note}")
     return Job(loaded, found, judged, settings, measure, show_progress=None, say=say)
+
+
+def _check_dynamic(settings: JobSettings, validation: str | None) -> None:
+    """Only recipes that find their scales at run time do without calibration data."""
+    from ..recipe import load_recipe
+
+    if settings.recipe is None or load_recipe(settings.recipe).placement != "dynamic":
+        raise typer.BadParameter("the recipe needs data to find ranges with", param_hint="--calibration-dir")
+    if validation is None:
+        raise typer.BadParameter("a file is made and judged with data: give some", param_hint="--validation-dir")
 
 
 def say(line: str) -> None:

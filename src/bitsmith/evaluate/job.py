@@ -228,6 +228,12 @@ class _Unlabelled:
 
 def _quantize(job: Job) -> Any:
     settings = job.settings
+    recipe = load_recipe(settings.recipe or get_target(settings.target).default_recipe)
+    if recipe.placement == "dynamic":
+        from ..dynamic import quantize_dynamic
+
+        job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, scales at run time")
+        return quantize_dynamic(job.model, recipe, settings.target, example_inputs=(_sample_inputs(job.judged)[0], {}))
     job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, data {job.calibration.name}")
     start = time.perf_counter()
     with progress_callback(job.show_progress) as show:

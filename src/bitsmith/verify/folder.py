@@ -28,7 +28,7 @@ CERTIFICATE = "certificate.json"
 
 def save_evidence(folder: str | Path, q: QuantizedModel, certificate: Certificate, batch: Arguments) -> None:
     """Write the certificate, and a batch with what integer executor and simulation made of it."""
-    folder = Path(folder)
+    folder, q = Path(folder), q.captured()
     args, kwargs = batch
     tensors = {f"input.{name}": t.contiguous() for name, t in zip(input_names(q), flat_inputs(batch))}
     for stream, run in (("integer", q.integer_executor()), ("simulation", q)):
