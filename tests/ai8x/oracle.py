@@ -20,7 +20,10 @@ def float32(value: Fraction) -> Fraction:
 
 
 def float64(value: Fraction) -> Fraction:
-    return Fraction(value.numerator / value.denominator)
+    try:
+        return Fraction(value.numerator / value.denominator)
+    except OverflowError:  # infinite there; any number as large is clamped alike
+        return value
 
 
 def limits(bits: int) -> tuple[int, int]:
