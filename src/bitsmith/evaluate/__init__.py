@@ -7,6 +7,7 @@ from .latency import Latency, interleaved_latency, onnxruntime_session
 from .metrics import Metrics, Recorder, evaluate, evaluate_many, load_metric
 from .models import load_model, weights_note
 from .progress import progress
+from .size import model_size
 
 __all__ = [
     "ArrayData",
@@ -23,6 +24,7 @@ __all__ = [
     "load_metric",
     "load_model",
     "load_weights",
+    "model_size",
     "onnxruntime_session",
     "progress",
     "read_checkpoint",

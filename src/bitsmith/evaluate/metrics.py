@@ -37,6 +37,11 @@ class Metrics(BaseModel):
     metric: float | None = Field(default=None, description="the user's own measure, averaged over the samples")
     seconds: float = 0.0
 
+    @property
+    def images_per_second(self) -> float:
+        """Samples for each second that the model itself took."""
+        return self.samples / self.seconds if self.seconds else math.inf
+
 
 class Recorder:
     """A model that remembers its outputs, so that others can be compared with them without running it again.

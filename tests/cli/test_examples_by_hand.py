@@ -1,0 +1,27 @@
+"""The examples on quantization by hand run on a few real images, and say what is missing where there are none."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "eager_tutorial"])
+def test_without_data_they_say_what_is_missing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](str(tmp_path))
+    assert "skipped: imagenet_mobilenet_v1_0.25_224.safetensors and" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_hand_written_mobilenet(data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "mobilenet_v1.py"))["main"](str(data_folder), count=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 images calibrate, 4 judge"
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "float", "int8, simulated", "int8, onnxruntime", "4-bit pointwise weights, GPTQ",
+    ]  # fmt: skip
+    assert all("images/s" in line for line in lines[1:])
