@@ -82,3 +82,20 @@ def test_layers_that_a_step_does_not_take_are_named() -> None:
     q = bs.quantize(Twice(), [torch.randint(0, 5, (8, 3))], bits_recipe(4, 8, steps=("gptq",)))
     reasons = {entry.layer: entry.skipped for entry in q.report.steps}
     assert reasons["shared"] == "its weights are shared by several calls"
+
+
+def test_tied_weights_change_in_the_layer_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.out(torch.tanh(self.embed(ids)))
+
+    net = Tied()
+    q = bs.quantize(net, [torch.randint(0, 16, (32, 4))], Recipe.from_yaml(f"{WEIGHTS}steps: [gptq]"))
+    modules = dict(q.graph.named_modules())
+    assert torch.equal(modules["embed"].weight, net.embed.weight)
+    assert not torch.equal(modules["out"].weight, net.embed.weight)

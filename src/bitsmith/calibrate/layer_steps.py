@@ -37,6 +37,7 @@ class LayerSteps:
         bits = [step.accumulator_bits for step in steps if isinstance(step, ColumnByColumn)]
         self.accumulator_bits = bits[0] if bits else None
         self.calls = Counter(id(s.layer.layer) for s in walk.stages if s.layer is not None)
+        self.owners = Counter(id(p) for _, p in walk.graph.named_parameters(remove_duplicate=False))
         self.log: list[StepLog] = []
         self.correction = next((step.name for step in steps if step.stage == "bias"), None)
         self.means = self._output_means() if self.correction else {}
@@ -87,7 +88,7 @@ class LayerSteps:
     def _run(self, step: LayerStep, visit: LayerVisit, log: StepLog, node: fx.Node) -> None:
         """One step on one layer; where the error of the layer's output has grown, the layer is put back."""
         start = time.perf_counter()
-        weight, quantizer = visit.layer.weight, visit.layer.weight_quantizer
+        weight, quantizer = self._own_weight(visit.layer), visit.layer.weight_quantizer
         assert quantizer is not None
         original, grid = weight.detach().clone(), quantizer.require_grid()
         log.before, log.after = step.run(visit)
@@ -99,6 +100,12 @@ class LayerSteps:
             set_bias_grid(visit.layer, node)
         log.note = "; ".join(visit.notes)
         log.seconds = time.perf_counter() - start
+
+    def _own_weight(self, layer: QuantLayer) -> Tensor:
+        """A layer's weight, a copy of its own where it is tied to that of another layer, which must not change."""
+        if self.owners[id(layer.weight)] > 1:
+            layer.layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        return layer.weight
 
     def _inputs(self, stage: Stage, node: fx.Node, stream: Stream) -> Iterator[Tensor]:
         """What a layer reads in a stream, chunk by chunk."""

@@ -1,0 +1,144 @@
+"""What each post-training algorithm gives back: top-1 and agreement with the float model, simulated.
+
+    python -m benchmarks.algorithms [--nets resnet20 ...] [--rows "w4a8 gptq" ...] [--quick] [--csv FILE]
+
+The CSV file is added to, so that a table can be made in several runs. Rows with several draws are calibrated with as
+many sets of images: the first 1,000 training images, then seeded draws from the other 9,000; mean and standard
+deviation are over the draws. Seconds are those of the rounding step and of the whole of ``quantize``, first draw.
+``--quick`` judges 1,000 samples after one draw. A row of your own is a line in ``ROWS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+import bitsmith as bs
+from benchmarks import data, nets
+from benchmarks.accuracy import answers, commit
+from benchmarks.nets.registry import RESNET_NORM
+from bitsmith.recipe import PlacementName, bits_recipe
+from bitsmith.steps import Gpfq, Gptq, Qronos, Step
+
+FIELDS = ("net", "row", "placement", "steps", "draws", "calibration_samples", "judged_samples", "float_top1", "top1",
+          "top1_std", "agreement", "agreement_std", "step_s", "quantize_s", "seed", "commit", "bitsmith")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe under a placement, calibrated with ``draws`` sets of samples."""
+
+    recipe: bs.Recipe
+    placement: PlacementName = "fx"
+    draws: int = 1
+
+
+def plain(weight_bits: int, activation_bits: int, *steps: Step | str, draws: int = 1) -> Row:
+    """Weights per channel, activations per tensor, all layers alike, batch norms folded; then ``steps``."""
+    return Row(bits_recipe(weight_bits, activation_bits, steps=("fold_batch_norm", *steps)), draws=draws)
+
+
+def _rounding(weight_bits: int, draws: int) -> dict[str, Row]:
+    """The rounding algorithms, each with bias correction, at one width of weights."""
+    steps: dict[str, Step] = {
+        "gptq": Gptq(act_order=False),
+        "gptq, act order": Gptq(act_order=True),
+        "gpfq": Gpfq(),
+        "qronos": Qronos(),
+        "gptq, 11 scales": Gptq(scales=11),
+        "gpfq, 1 scale": Gpfq(scales=1),
+        "qronos, 1 scale": Qronos(scales=1),
+    }
+    name = f"w{weight_bits}a8"
+    rows = {
+        f"{name} nearest": plain(weight_bits, 8, draws=draws),
+        f"{name} bias correction": plain(weight_bits, 8, "bias_correction", draws=draws),
+    }
+    return rows | {
+        f"{name} {key}": plain(weight_bits, 8, s, "bias_correction", draws=draws) for key, s in steps.items()
+    }
+
+
+ROWS: dict[str, dict[str, Row]] = {
+    "resnet20": _rounding(4, 3) | _rounding(3, 3) | _rounding(2, 1),
+    "resnet32": _rounding(4, 1) | _rounding(3, 1),
+}
+
+
+def calibration_draw(draw: int) -> data.Batches:
+    """1,000 CIFAR-10 training images: the first of them, or a seeded draw from the others."""
+    images, labels = data.cifar10("train")
+    chosen = np.arange(1000) if draw == 0 else 1000 + np.random.default_rng(draw).permutation(9000)[:1000]
+    return data.batches(data.normalized(images[chosen], *RESNET_NORM), labels[chosen], 100)
+
+
+def measure(net: str, name: str, loaded: Any, quick: bool) -> dict[str, Any]:
+    """One row of the table."""
+    row, (model, calibration, test, _) = ROWS[net][name], loaded
+    test = test[: max(1, 1000 // len(test[0][0]))] if quick else test
+    labels, exact = torch.cat([y for _, y in test]), answers(model, test)
+    draws = 1 if quick else row.draws
+    top1, agreement, seconds, reports = [], [], [], []
+    for draw in range(draws):
+        start = time.perf_counter()
+        q = bs.quantize(
+            model, calibration if draw == 0 else calibration_draw(draw), row.recipe, placement=row.placement
+        )
+        seconds.append(time.perf_counter() - start)
+        reports.append(q.report)
+        classes = answers(q, test).argmax(1)
+        top1.append(100 * float((classes == labels).double().mean()))
+        agreement.append(100 * float((classes == exact.argmax(1)).double().mean()))
+    spread = [stdev(values) if len(values) > 1 else 0.0 for values in (top1, agreement)]
+    return {
+        "net": net, "row": name, "placement": row.placement, "steps": " ".join(map(str, row.recipe.steps)),
+        "draws": draws, "calibration_samples": reports[0].samples, "judged_samples": len(labels),
+        "float_top1": round(100 * float((exact.argmax(1) == labels).double().mean()), 2),
+        "top1": round(mean(top1), 3), "top1_std": round(spread[0], 3),
+        "agreement": round(mean(agreement), 3), "agreement_std": round(spread[1], 3),
+        "step_s": round(sum(entry.seconds for entry in reports[0].steps), 2), "quantize_s": round(seconds[0], 2),
+        "seed": 0, "commit": commit(), "bitsmith": bs.__version__,
+    }  # fmt: skip
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file, which begins with the names of the columns."""
+    new = not path.exists()
+    with path.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    """Measure and print, and add to a CSV file where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="+")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    for net in options.nets:
+        loaded = nets.load(net)
+        for name in ROWS[net]:
+            if options.rows and name not in options.rows:
+                continue
+            r = measure(net, name, loaded, options.quick)
+            print(f"{net:18}{name:26}{r['placement']:10}{r['float_top1']:7.2f}{r['top1']:8.2f} +-{r['top1_std']:5.2f}"
+                  f"{r['agreement']:8.2f} +-{r['agreement_std']:5.2f}{r['step_s']:8.2f} s{r['quantize_s']:8.2f} s",
+                  flush=True)  # fmt: skip
+            if options.csv:
+                append(options.csv, r)
+
+
+if __name__ == "__main__":
+    main()
