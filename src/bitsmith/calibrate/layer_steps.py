@@ -144,7 +144,10 @@ class LayerSteps:
                 gain, shift = batch_norm.match_moments(layer, exact, quantized)
                 set_bias_grid(layer, node)
                 return gain, shift + self._clamp_bias(node, layer)
+        before = layer.quantized_parameters().get("bias")
         shift = correct_bias(layer.layer, exact, quantized)
+        if self.walk.target.bias_unit > 1 and before is not None:  # biases in coarse steps: what the step leaves of it
+            return None, layer.quantized_parameters()["bias"] - before
         return None, shift + self._clamp_bias(node, layer)
 
     def _clamp_bias(self, node: fx.Node, layer: QuantLayer) -> Tensor | float:

@@ -36,7 +36,10 @@ def tie_weight_scale(layer: QuantLayer, node: fx.Node, output: Grid | None, targ
         )
     anchor = float(weights.scale) if output is None else float(output.scale) / step
     nearest = round(math.log2(float(weights.scale) / anchor))
-    low, high = (nearest - _REACH, nearest + 2 * _REACH)
+    low, high = nearest - _REACH, nearest + _REACH
+    if bias := _largest(layer.bias):  # the least power that it fits into
+        holds = step * target.bias_unit * (2 ** (target.bias_bits - 1) - 0.5)
+        high = max(high, math.ceil(math.log2(bias / holds / anchor)))
     if output is not None:
         low, high = max(low, target.shifts[0] - 7), min(high, target.shifts[1] - 7)
     tried = [

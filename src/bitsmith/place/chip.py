@@ -12,7 +12,6 @@ an activation function; each part may be missing. This module says which layers 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -249,12 +248,19 @@ class Lowering:
     # Layers without
 
     def _pooling(self, node: fx.Node, value: _Value) -> None:
-        pool = _pool_of(node, value.shape)
+        read, written = _shape(operands(node)[0]), _shape(node)
+        pool: Pool | str = _pool_of(node, read)
+        if isinstance(pool, Pool) and read != value.shape and read == (value.shape[0], 1, value.shape[1]):
+            pool, written = Pool(pool.kind, pool.kernel[1:], pool.stride[1:]), (written[0], written[2], 1)
+        elif read != value.shape:
+            pool = f"it reads {read}, but what lies in memory is {value.shape}"
+        if isinstance(pool, Pool) and len(set(pool.stride)) > 1:
+            pool = f"pooling stride {pool.stride}: strides are the same in both directions"
         if isinstance(pool, str):
             self._refuse(node, pool)
             return
         source = replace(value, layer=self._written(value), sources=[], pool=None, eltwise=None)
-        self._values[node] = _Value(node.name, _shape(node), self._uses(node), None, [source], pool)
+        self._values[node] = _Value(node.name, written, self._uses(node), None, [source], pool)
 
     def _elementwise(self, node: fx.Node, values: list[_Value]) -> None:
         if any(value.shape != values[0].shape for value in values):
@@ -389,7 +395,7 @@ def _pool_of(node: fx.Node, shape: Shape) -> Pool | str:
 
     if aten_name(node).startswith("adaptive"):
         kernel = tuple(size // count for size, count in zip(shape[1:], per_axis(node.args[1])))
-        return _square(kind, kernel, kernel)
+        return Pool(kind, kernel, kernel)
     arguments = list(node.args[1:])
     kernel = per_axis(arguments[0])
     stride = per_axis(arguments[1]) if len(arguments) > 1 and arguments[1] else kernel
@@ -399,10 +405,4 @@ def _pool_of(node: fx.Node, shape: Shape) -> Pool | str:
         return f"pooling pads by {padding}: the chip pools without padding. Pool 2 x 2 with stride 2 instead"
     if any(step != 1 for step in dilation):
         return "pooling windows are not dilated"
-    return _square(kind, kernel, stride)
-
-
-def _square(kind: Literal["max", "avg"], kernel: tuple[int, ...], stride: tuple[int, ...]) -> Pool | str:
-    if math.prod(stride) != stride[0] ** len(stride):
-        return f"pooling stride {stride}: strides are the same in both directions"
     return Pool(kind, kernel, stride)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..capture.marks import Handwritten, Marks
-from ..capture.ops import Op, op_of
+from ..capture.ops import Op, layer_of, op_of
 from ..targets import Target
 
 
@@ -156,15 +156,17 @@ class Planner:
             return op.name in self.target.integer_operators and self.demanded(user)
         return op.role in ("move", "activation") and self.demanded(user)
 
+    def _hands_on_accumulator(self, node: fx.Node) -> bool:
+        """Whether an output is a layer's wide accumulator; one with a stride has to be read again, in 8 bits."""
+        op, strides = op_of(node), getattr(layer_of(node), "stride", (1,))
+        wide = self.target.wide_bits is not None and op.role == "compute" and op.name in self.target.float_output
+        return wide and all(step == 1 for step in strides)
+
     def _plan_outputs(self, plan: Plan) -> None:
         output = next(node for node in self.graph.graph.nodes if node.op == "output")
         for source in output.all_input_nodes:
-            if (
-                self.target.wide_bits
-                and op_of(source).role == "compute"
-                and op_of(source).name in self.target.float_output
-            ):
-                continue  # the accumulator itself is an output
+            if self._hands_on_accumulator(source):
+                continue
             if source.op != "get_attr" and op_of(origin(source)).name != "embedding":
                 plan.values.setdefault(origin(source))
 

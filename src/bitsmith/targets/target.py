@@ -101,6 +101,11 @@ class Target(BaseModel):
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that this target has no numbers for."""
+        if self.shifts is not None and recipe.step("reestimate_batch_norm"):
+            raise RecipeError(
+                f"target {self.name} only shifts: step reestimate_batch_norm would give every channel a factor; use "
+                "bias_correction"
+            )
         parts: tuple[Recipe | Override, ...] = (recipe, *recipe.overrides)
         for part in parts:
             if part.weights is not None:
