@@ -238,6 +238,37 @@ def test_every_float_functional_runs_in_a_file(tmp_path: Path) -> None:
     assert bs.verify(q, bs.export_onnx(q, tmp_path / "net.onnx"), x).passed
 
 
+def test_recurrent_and_attention_modules_by_hand(tmp_path: Path) -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant, self.skip = bs.QuantStub(), bs.DeQuantStub(), bs.FloatFunctional()
+            self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+            self.rnn, self.head = nn.LSTM(8, 4, batch_first=True, bidirectional=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.quant(x)
+            x = self.norm(self.skip.add(x, self.attention(x, x, x)[0]))
+            return self.dequant(self.head(self.rnn(x)[0]))
+
+    torch.manual_seed(0)
+    net, x = Sequence().eval(), torch.randn(32, 3, 8)
+    prepared = bs.prepare(net, "int8", x)
+    prepared(x)
+    q = bs.convert(prepared)
+    assert sqnr(net(x), q(x)) > 25
+    assert q.report.coverage.fraction == 1.0
+    assert bs.verify(q, bs.export_onnx(q, tmp_path / "net.onnx"), x).passed
+
+
+@pytest.mark.parametrize("recipe", ["int8-tensor", "int8-sym", "int8-po2", "w8a16", "fp8"])
+def test_every_recipe_holds_by_hand(recipe: str, tmp_path: Path) -> None:
+    net, x = make(), images(8, 3)
+    q = by_hand(net, recipe)
+    assert sqnr(net(x), q(x)) > 15
+    assert bs.verify(q, bs.export_onnx(q, tmp_path / "net.onnx"), x).passed
+
+
 def test_targets_that_cannot_rescale_are_refused() -> None:
     generic = bs.get_target("generic").model_copy(update={"rescales": False})
     with pytest.raises(RecipeError, match="operands of one scale"):

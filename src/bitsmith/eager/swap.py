@@ -62,7 +62,9 @@ MAPPING: dict[type[nn.Module], LayerMapping] = {
     **dict.fromkeys(_OUTPUTS, _output),
     nn.Embedding: lambda layer, recipe: QuantEmbedding.from_float(layer, outputs=recipe.placement != "layerwise"),
     nn.LSTM: lambda layer, recipe: QuantLSTM.from_float(layer),
-    nn.MultiheadAttention: lambda layer, recipe: QuantMultiheadAttention.from_float(layer),
+    nn.MultiheadAttention: lambda layer, recipe: QuantMultiheadAttention.from_float(
+        layer, outputs=recipe.placement != "layerwise"
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from ..calibrate.watching import WeightQuantizer
 from ..capture.marks import LayerSpecs
 from ..errors import RecipeError
 from ..recipe import Recipe, load_recipe
-from .module import Place, QuantModule, Spec, place_of, spec_of
+from .module import Place, QuantModule, Spec, adopt, place_of, spec_of
 
 
 class QuantMultiheadAttention(nn.MultiheadAttention, QuantModule):
@@ -21,6 +21,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention, QuantModule):
 
     ``weights`` is a TensorSpec or a recipe for the projections, ``activations`` for queries, keys, values, attention
     weights and what the output projection reads; ``recipe`` gives both; None takes the recipe of the whole model.
+    ``outputs`` puts the result on a grid too.
     ``add_bias_kv`` and ``add_zero_attn`` are refused. The softmax is computed in float.
 
     >>> layer = QuantMultiheadAttention(8, 2, batch_first=True)
@@ -31,22 +32,21 @@ class QuantMultiheadAttention(nn.MultiheadAttention, QuantModule):
 
     def __init__(
         self, *args: Any, recipe: str | Path | Recipe | None = None, weights: Spec = None, activations: Place = None,
-        **kwargs: Any,
+        outputs: Place = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
-        self._attach(recipe, weights, activations)
+        self._attach(recipe, weights, activations, outputs)
 
     @classmethod
-    def from_float(cls, layer: nn.MultiheadAttention) -> QuantMultiheadAttention:
+    def from_float(cls, layer: nn.MultiheadAttention, *, outputs: Place = None) -> QuantMultiheadAttention:
         """The quantized layer around a float layer's own parameters."""
-        new = cls.__new__(cls)
-        new.__dict__.update(layer.__dict__)
-        for kind in ("_parameters", "_buffers", "_modules"):
-            new.__dict__[kind] = dict(layer.__dict__[kind])
-        new._attach(None, None, None)
+        new = adopt(cls, layer)
+        new._attach(None, None, None, outputs)
         return new
 
-    def _attach(self, recipe: str | Path | Recipe | None, weights: Spec, activations: Place) -> None:
+    def _attach(
+        self, recipe: str | Path | Recipe | None, weights: Spec, activations: Place, outputs: Place
+    ) -> None:  # fmt: skip
         if self.bias_k is not None or self.add_zero_attn:
             raise RecipeError(
                 "QuantMultiheadAttention has no add_bias_kv and add_zero_attn: they put float rows among quantized "
@@ -60,6 +60,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention, QuantModule):
         places = {name: place_of(given) for name in ("query", "key", "value", "q", "k", "v", "context")}
         places["attention"] = place_of(given, non_negative=True)
         self.value_quantizers = nn.ModuleDict({name: place for name, place in places.items() if place is not None})
+        self.output_quantizer = place_of(outputs)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -84,6 +85,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention, QuantModule):
         out = self.out_proj
         weight = self.weight_quantizers["out"](out.weight)
         y = F.linear(self.value_quantizers["context"](context), weight, out.bias)
+        y = y if self.output_quantizer is None else self.output_quantizer(y)
         if not self.batch_first:
             y = y.transpose(0, 1)
         if not need_weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from ..recipe import Recipe, load_recipe
 
 Spec = TensorSpec | str | Path | Recipe | None  # a recipe stands for the spec that it has for such tensors
 Place = Spec | bool  # True: quantized, as the recipe of the whole says
+_Module = TypeVar("_Module", bound=nn.Module)
 _KEYWORDS = ("recipe", "weights", "inputs", "outputs")
 
 
@@ -36,6 +37,13 @@ def place_of(given: Place, *, non_negative: bool = False) -> WatchingQuantizer |
         return None
     spec = None if given is True else spec_of(given, "activations")
     return WatchingQuantizer(spec, non_negative=non_negative)
+
+
+def adopt(cls: type[_Module], layer: nn.Module) -> _Module:
+    """A module of type ``cls`` with the parameters and settings of ``layer``, which shares no container with it."""
+    new = cls.__new__(cls)
+    new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+    return new
 
 
 def _take_out(owner: nn.Module, name: str) -> None:
@@ -118,10 +126,7 @@ class WeightedModule(QuantModule):
         >>> QuantLinear.from_float(layer, weights="int8").weight is layer.weight
         True
         """
-        new = cls.__new__(cls)
-        new.__dict__.update(copy.copy(layer.__dict__))
-        for kind in ("_parameters", "_buffers", "_modules"):
-            new.__dict__[kind] = dict(layer.__dict__[kind])
+        new = adopt(cls, layer)
         new._attach(recipe, weights, inputs, outputs, activation)
         return new
 

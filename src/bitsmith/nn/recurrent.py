@@ -60,6 +60,7 @@ class QuantLSTM(nn.LSTM, QuantModule):
         given: Place = activations if activations is not None else (own.activations if own else True)
         places = {f"input_l{k}": place_of(given) for k in range(self.num_layers)}
         places |= {f"hidden{name.removeprefix('weight_hh')}": place_of(given) for name in names if "_hh_" in name}
+        places |= {"output": place_of(given)} if self.bidirectional else {}
         self.value_quantizers = nn.ModuleDict({name: place for name, place in places.items() if place is not None})
 
     def forward(self, input: Tensor, hx: _State | None = None) -> tuple[Tensor, _State]:  # type: ignore[override]
@@ -82,6 +83,8 @@ class QuantLSTM(nn.LSTM, QuantModule):
             x = torch.cat(results, -1) if directions == 2 else results[0]
             if layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
+            elif directions == 2:
+                x = self.value_quantizers["output"](x)  # two grids, side by side
         x = x if self.batch_first else x.transpose(0, 1)
         h, c = (torch.stack(parts) for parts in zip(*states))
         return x, (h, c)
@@ -107,4 +110,4 @@ class QuantLSTM(nn.LSTM, QuantModule):
             outputs.append(h)
         if suffix.endswith("_reverse"):
             outputs.reverse()
-        return torch.stack(outputs, 1), (h, c)
+        return place(torch.stack(outputs, 1)), (h, c)  # they are on this grid already, which a graph cannot see
