@@ -194,8 +194,11 @@ def variants(net: nn.Module, recipe: str, example: tuple[Tensor, ...]) -> Iterat
             _megabytes(Path(folder, "quantized.safetensors")),
         )
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in onnxruntime_files(net, example, Path(folder)):
-            yield name, bs.deploy(path, threads=THREADS), _megabytes(path)
+        try:
+            for name, path in onnxruntime_files(net, example, Path(folder)):
+                yield name, bs.deploy(path, threads=THREADS), _megabytes(path)
+        except Exception as error:  # torch's, onnx's and onnxruntime's own families
+            print(f"onnxruntime's quantize_dynamic fails on {type(net).__name__}: {str(error).splitlines()[0]}")
 
 
 def onnxruntime_files(net: nn.Module, example: tuple[Tensor, ...], folder: Path) -> Iterator[tuple[str, Path]]:
@@ -212,7 +215,7 @@ def onnxruntime_files(net: nn.Module, example: tuple[Tensor, ...], folder: Path)
         warnings.simplefilter("ignore")
         try:  # the older exporter's files are those whose LSTM onnxruntime's tool quantizes
             export(dynamo=False, opset_version=17, dynamic_axes=axes)
-        except torch.onnx.OnnxExporterError:
+        except torch.onnx.errors.OnnxExporterError:
             export(dynamo=True, opset_version=18, verbose=False)
     logging.getLogger().setLevel(logging.ERROR)
     for per_channel in (False, True):
@@ -255,6 +258,7 @@ def _timed(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
 
 def latency(name: str, rounds: int, seconds: float) -> list[Latency]:
     """All variants of one network, side by side."""
+    torch.backends.mha.set_fastpath_enabled(False)  # torch.ao's encoder and the older exporter fail on it
     net, inputs = _timed(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
