@@ -23,7 +23,7 @@ def dynamic_linear(call: Call) -> Result:
     weight, scale = _constant(call, "weight"), _constant(call, "scale")
     assert weight is not None
     if scale is None or call["activations"] == "float":
-        y = call.emit("MatMul", call.tensor("x"), _dequantized(call, weight, scale, transposed=True))
+        y = call.emit("MatMul", call.tensor("x"), _dequantized(call, weight, scale))
     else:
         quantized = _quantized_tokens(call) if call["activations"] == "token" else _quantized_tensor(call)
         codes, x_scale, zero_point = quantized
@@ -144,15 +144,14 @@ def _stacked(call: Call, name: str, weight: Tensor, scale: Tensor | None) -> str
     return call.emit("Reshape", real, call.builder.constant(torch.tensor(weight.shape), "shape"))
 
 
-def _dequantized(call: Call, weight: Tensor, scale: Tensor | None, *, transposed: bool) -> str:
+def _dequantized(call: Call, weight: Tensor, scale: Tensor | None) -> str:
     """A weight in float ``(in, out)``, stored as its integers or in float16."""
-    matrix = weight.t().contiguous() if transposed else weight
     name = _name(call, "weight")
-    codes = call.builder.initializer(f"{name}.codes", matrix, share=True)
+    codes = call.builder.initializer(f"{name}.codes", weight.t().contiguous(), share=True)
     if scale is None:
         return call.emit("Cast", codes, to=TensorProto.FLOAT)
     scales = call.builder.initializer(f"{name}.scale", scale, share=True)
-    return call.emit("DequantizeLinear", codes, scales, axis=(1 if transposed else 0) if scale.ndim else None)
+    return call.emit("DequantizeLinear", codes, scales, axis=1 if scale.ndim else None)
 
 
 def _constant(call: Call, name: str) -> Tensor | None:
