@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..capture.inputs import Arguments, sample_count, tensors_of
 from ..capture.ops import module_of
 from ..errors import CalibrationError, NonFiniteError
-from ..grid.spec import TensorSpec
+from ..grid.spec import RangeRule
 from ..place.layers import QuantLayer
 from ..place.macs import elements_of
 from ..place.place import Placed
@@ -20,6 +20,7 @@ from ..place.plan import layer_name
 from ..ranges import weight_grid
 from ..steps import Step
 from ..targets import Target
+from .auto_range import weight_axis
 from .walk import Progress, Walk, WalkLog
 
 _CHUNK_BYTES = 4 << 20  # of the largest activation of a chunk: it should stay in cache
@@ -48,18 +49,13 @@ def set_weight_grids(placed: Placed) -> None:
             continue
         spec = layer.weight_quantizer.spec
         axis = weight_axis(layer, spec)
+        if spec.range.name == "auto":  # until the walk has seen what the layer reads
+            spec = spec.model_copy(update={"range": RangeRule()})
         try:
             grid = weight_grid(layer.weight.detach(), spec, axis)
         except (NonFiniteError, CalibrationError) as error:
             raise type(error)(f"weight of {layer_name(node)!r}: {error}") from error
         layer.weight_quantizer.set_grid(grid)
-
-
-def weight_axis(layer: QuantLayer, spec: TensorSpec) -> int:
-    """The output-channel axis of a layer's weight."""
-    if spec.axis is not None:
-        return spec.axis
-    return 1 if type(layer.layer).__name__.startswith("ConvTranspose") else 0
 
 
 def rechunk(graph: fx.GraphModule, batches: list[Arguments]) -> list[Arguments]:

@@ -19,7 +19,7 @@ from ..ranges import Statistic, activation_grid, activation_statistic, weight_gr
 from ..recipe import Override, Recipe
 from ..report.model import Coverage, LayerReport, Report
 from ..targets import Target
-from .calibrate import weight_axis
+from .auto_range import weight_axis
 from .noise import Noise
 
 _MEASURED = 32  # samples of a batch that noise is measured on; the outputs of all layers are kept for them

@@ -8,7 +8,8 @@ all be seen before the first of them can be quantized.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..place.place import ScaleGroup
 from ..ranges import activation_grid, activation_statistic
 from ..steps import Reconstruct, Step
 from ..targets import Target
+from .auto_range import AutoStatistic, RangeChoice, auto_weights, choose_weight_grid
 from .bias import set_bias_grid
 from .block_steps import BlockSteps, learns_from_minibatches
 from .blocks import Block, cut_by_layer, cut_into_blocks
@@ -51,6 +53,7 @@ class WalkLog:
     noise_samples: int = 0
     spilled_bytes: int = 0
     steps: list[StepLog] = field(default_factory=list)
+    ranges: list[RangeChoice] = field(default_factory=list)
 
 
 class Walk:
@@ -76,6 +79,7 @@ class Walk:
         options = repr((steps, self.quantized_chunks))
         self.resume = None if resume is None else Resume(resume, fingerprint(graph, self.chunks, options))
         self._in_place = _overwritable(self.stages)
+        self._auto_weights = auto_weights(self.stages)
         self.grids: dict[int, Grid] = {}
         self.statistics: dict[int, Any] = {}
         self.store = Store(memory)
@@ -148,6 +152,8 @@ class Walk:
                 if statistic is not None:
                     self._observe(statistic, value, stage, chunk)
                 self.store.put(("float", stage.end.name, chunk), value)
+            if isinstance(statistic, AutoStatistic):
+                self._choose_range(statistic, stage)
             self._release("float", [source.name for source in stage.inputs])
 
     def _run_quantized(self, stage: Stage) -> None:
@@ -191,6 +197,9 @@ class Walk:
 
     def run_nodes(self, stream: str, nodes: list[fx.Node], env: dict[fx.Node, Any], chunk: int) -> Any:
         for node in nodes:
+            if stream == "float" and chunk == 0 and node in self._auto_weights:
+                layer, axis = self._auto_weights[node]
+                self.log.ranges.append(choose_weight_grid(str(node.target), layer, axis, env[node.args[0]]))  # type: ignore[index]
             env[node] = self._call(stream, node, env)
             if chunk < self.quantized_chunks:
                 self.steps.observe(node, stream, env[node])  # now: an activation may overwrite it
@@ -225,10 +234,20 @@ class Walk:
             return None
         value = stage.end.meta.get("val")
         per_sample = elements_of(stage.end) if isinstance(value, Tensor) else 0
-        self.statistics[id(stage.quantizer)] = statistic = activation_statistic(
-            stage.quantizer.spec, max(per_sample * self.log.samples, 1)
-        )
+        spec, count = stage.quantizer.spec, max(per_sample * self.log.samples, 1)
+        statistic = AutoStatistic(spec, count) if spec.range.name == "auto" else activation_statistic(spec, count)
+        self.statistics[id(stage.quantizer)] = statistic
         return statistic
+
+    def _choose_range(self, statistic: AutoStatistic, stage: Stage) -> None:
+        assert stage.quantizer is not None
+        x = self.store.get(("float", stage.end.name, 0))
+        with self._naming_range_errors(stage):
+            choice = statistic.choose(
+                str(stage.end.target), stage.end, x, non_negative=stage.quantizer.non_negative,
+                unsigned_codes=self.target.unsigned_codes,
+            )  # fmt: skip
+        self.log.ranges.append(choice)
 
     def _observe(self, statistic: Any, value: Tensor, stage: Stage, chunk: int) -> None:
         try:
@@ -263,11 +282,19 @@ class Walk:
         quantizer.set_grid(self.grids[id(quantizer)])
 
     def _solve(self, quantizer: Quantizer, stage: Stage) -> Grid:
-        try:
+        statistic = self.statistics.pop(id(quantizer))
+        if isinstance(statistic, AutoStatistic):
+            return statistic.grid
+        with self._naming_range_errors(stage):
             return activation_grid(
-                self.statistics.pop(id(quantizer)), quantizer.spec, non_negative=quantizer.non_negative,
+                statistic, quantizer.spec, non_negative=quantizer.non_negative,
                 unsigned_codes=self.target.unsigned_codes,
             )  # fmt: skip
+
+    @contextmanager
+    def _naming_range_errors(self, stage: Stage) -> Iterator[None]:
+        try:
+            yield
         except CalibrationError as error:
             raise CalibrationError(f"no range for the output of {stage_name(stage)}: {error}") from error
 

@@ -9,14 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .formats import FloatFormat, Format
 
 # Names that a RangeRule may have; ``bitsmith.ranges.register_range_rule`` adds to them.
-RANGE_RULES = {"minmax", "moving_average", "percentile", "mse", "histogram_l2", "kl", "hqo"}
+RANGE_RULES = {"minmax", "moving_average", "percentile", "mse", "histogram_l2", "kl", "hqo", "auto"}
 
 
 class RangeRule(BaseModel):
     """Which numbers the grid must cover: the name of a rule and its options.
 
     Names: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram_l2``, ``kl`` for activations and
-    ``minmax``, ``percentile``, ``mse``, ``hqo`` for weights (``bitsmith.ranges``), and those that you register there.
+    ``minmax``, ``percentile``, ``mse``, ``hqo`` for weights (``bitsmith.ranges``), and those that you register there;
+    ``auto`` tries several for each tensor and keeps the one with the least error at the outputs of the layers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -116,6 +116,11 @@ def activation_grid(
 
 
 def _rule(spec: TensorSpec) -> Rule:
+    if spec.range.name == "auto":
+        raise RecipeError(
+            "range 'auto' compares the outputs of layers, which only bitsmith.quantize's walk has at hand: give the "
+            "activations another rule here"
+        )
     if spec.range.name not in RULES:
         raise RecipeError(f"{spec.range.name!r} is no range rule for activations: choose one of {', '.join(RULES)}")
     return RULES[spec.range.name]

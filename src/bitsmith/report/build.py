@@ -7,6 +7,7 @@ from statistics import median
 
 from torch import fx
 
+from ..calibrate.auto_range import describe
 from ..calibrate.noise import Noise
 from ..calibrate.walk import WalkLog
 from ..capture.ops import layer_of, module_of, op_of, quantizer_of
@@ -19,7 +20,7 @@ from ..place.place import Placed
 from ..place.plan import fused_end, layer_name, operands
 from ..recipe import Recipe
 from ..targets import Target
-from .model import Coverage, LayerReport, Report, StepReport
+from .model import Coverage, LayerReport, RangeReport, Report, StepReport
 
 
 def build_report(
@@ -41,6 +42,8 @@ def build_report(
         report.chance_level = log.output.is_chance
         report.steps = [_step(entry) for entry in log.steps]
         report.notes += _step_notes(report.steps)
+        report.ranges = [RangeReport(tensor=c.tensor, rule=c.rule, errors=c.errors) for c in log.ranges]
+        report.notes += describe(log.ranges)
         if log.spilled_bytes:
             report.notes.append(f"{log.spilled_bytes / 1e6:.0f} MB of activations went through a temporary file")
     return report

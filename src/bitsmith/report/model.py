@@ -58,6 +58,16 @@ class StepReport(BaseModel):
     note: str = Field(default="", description="what the step had to do otherwise than asked")
 
 
+class RangeReport(BaseModel):
+    """Which range rule won for a tensor under ``range: auto``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensor: str
+    rule: str
+    errors: dict[str, float] = Field(default={}, description="squared output error of every rule over the signal")
+
+
 class Report(BaseModel):
     """The whole story of one quantization; ``q.report``."""
 
@@ -72,6 +82,7 @@ class Report(BaseModel):
     chance_level: bool = Field(default=False, description="the outputs are no better than constant ones")
     layers: list[LayerReport] = []
     steps: list[StepReport] = []
+    ranges: list[RangeReport] = []
     notes: list[str] = []
     seconds: dict[str, float] = {}
 
