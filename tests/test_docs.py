@@ -25,3 +25,10 @@ def test_the_guide_s_python_runs() -> None:
 def test_the_guide_s_yaml_is_a_recipe() -> None:
     recipe = Recipe.from_yaml(blocks("yaml")[0])
     assert recipe.overrides[0].match == "last"
+
+
+def test_the_torch_page_s_python_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = GUIDE.with_name("torch-engine.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "torch-engine.md", "exec"), {})
