@@ -179,6 +179,20 @@ def test_the_demo_net_stays_within_a_point_of_float(tmp_path: Path) -> None:
     assert accuracy["max78000"] >= accuracy["float"] - 1.0, accuracy
 
 
+def test_chip_models_are_kept_loaded_and_made_in_steps(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _, build = NETS["residual"]
+    net, x = build().eval(), torch.randn(16, *IMAGE)
+    q = bs.quantize(net, [x], target="max78000")
+    bs.save(q, tmp_path / "kept")
+    assert torch.equal(bs.load(tmp_path / "kept", net)(x), q(x))
+    prepared = bs.prepare(net, "ai8x", x, target="max78000")
+    prepared(x)
+    converted = bs.convert(prepared)
+    assert torch.equal(converted(x), q(x))
+    assert bs.verify(converted, bs.export_ai8x(converted, tmp_path / "net.pth.tar"), [x]).passed
+
+
 def test_models_for_other_targets_are_refused(tmp_path: Path) -> None:
     q = bs.quantize(nn.Linear(4, 2), [torch.randn(16, 4)])
     with pytest.raises(ExportError, match="quantized for onnxruntime"):

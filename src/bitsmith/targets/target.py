@@ -132,7 +132,10 @@ class Target(BaseModel):
                 f"target {self.name} takes scales {self.scales}, but the recipe's {role} have {spec.scale}"
             )
         if role == "activations" and self.symmetric_activations and not spec.symmetric:
-            raise RecipeError(f"target {self.name} has no zero points: make the recipe's activations symmetric")
+            raise RecipeError(
+                f"target {self.name} has no zero points: make the recipe's activations symmetric, or use its own "
+                f"recipe, {self.default_recipe!r}"
+            )
 
     def runs_in_integers(self, operator: str, *grids: Grid | None) -> bool:
         """Whether the runtime executes this operator on codes of these grids."""
