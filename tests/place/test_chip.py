@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitsmith.capture import capture
 from bitsmith.errors import PlacementError
-from bitsmith.place.chip import ChipLayer
+from bitsmith.place.chip_layer import ChipLayer
 from bitsmith.place.chip_memory import ChipPlan, kernel_words, processor_count
 from bitsmith.place.place import place
 from bitsmith.recipe import load_recipe

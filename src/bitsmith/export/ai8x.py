@@ -23,7 +23,7 @@ from ..grid import quantize
 from ..integer.kernels import centred_weight
 from ..integer.max78000 import total_shift
 from ..model import QuantizedModel
-from ..place.chip import ChipLayer
+from ..place.chip_layer import ChipLayer
 from ..place.chip_limits import plan_chip
 from ..place.chip_memory import ChipPlan
 from ..place.layers import QuantLayer

@@ -8,7 +8,8 @@ from ..capture.ops import op_of
 from ..errors import PlacementError
 from ..targets import Target
 from ..targets.target import ChipLimits
-from .chip import ChipLayer, Lowering
+from .chip import Lowering
+from .chip_layer import ChipLayer
 from .chip_memory import ChipPlan, passes, plan_memory
 from .plan import layer_name
 

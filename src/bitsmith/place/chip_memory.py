@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..targets.target import ChipLimits
-from .chip import INPUT, ChipLayer
+from .chip_layer import INPUT, ChipLayer
 
 
 @dataclass
