@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,14 +53,14 @@ class MobileNetV1(nn.Module):
         return self.dequant(self.fc(self.pool(x).flatten(1)))
 
 
-def print_model(name: str, model: nn.Module, data: ArrayData) -> None:
-    """Size and accuracy."""
+def print_model(name: str, model: nn.Module, data: ArrayData, file: str | None = None) -> None:
+    """Size (of the file, if there is one) and accuracy."""
     found = evaluate(model, data)
-    print(f"Size (MB): {model_size(model) / 1e6:.6f}")
+    print(f"Size (MB): {model_size(file or model) / 1e6:.6f}")
     print(f"{name}: accuracy on {found.samples} images, top-1 {found.top1:.2f}, top-5 {found.top5:.2f}\n")
 
 
-def main(folder: str | None = None, count: int = 1000, output: str = "mobilenet_v1_int8.onnx") -> None:
+def main(folder: str | None = None, count: int = 1000, output: str = "mobilenet_v1_int8.pt") -> None:
     """The tutorial's flow, twice."""
     if (data := find_data(folder)) is None:
         return
@@ -85,7 +86,8 @@ def main(folder: str | None = None, count: int = 1000, output: str = "mobilenet_
         prepared(batch)
     q = bs.convert(prepared)
     print_model("per channel, histogram", q, test)
-    print(f"saved: {bs.export_onnx(q, output)}, {model_size(output) / 1e6:.3f} MB")
+    bs.export_torchscript(q, output, style="int8")  # it loads and runs with PyTorch alone
+    print_model("the TorchScript file, in PyTorch alone", torch.jit.load(output), test, output)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,15 @@ def test_without_data_they_say_what_is_missing(name: str, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+def test_the_eager_tutorial(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.pt"
+    runpy.run_path(str(EXAMPLES / "eager_tutorial.py"))["main"](str(data_folder), 8, str(path))
+    printed = capsys.readouterr().out
+    assert printed.count("accuracy on 4 images") == 4
+    assert path.is_file()
+
+
+@pytest.mark.slow
 def test_the_hand_written_mobilenet(data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "mobilenet_v1.py"))["main"](str(data_folder), count=8)
     lines = capsys.readouterr().out.splitlines()

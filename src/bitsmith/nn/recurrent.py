@@ -69,15 +69,14 @@ class QuantLSTM(nn.LSTM, QuantModule):
             raise DataError("QuantLSTM takes a batch of sequences of one length (3 axes), not packed or single ones")
         x = input if self.batch_first else input.transpose(0, 1)  # (N, T, features)
         directions = 2 if self.bidirectional else 1
-        shape = (self.num_layers * directions, x.shape[0], self.hidden_size)
-        h0, c0 = hx if hx is not None else (x.new_zeros(shape), x.new_zeros(shape))
         states: list[_State] = []
         for layer in range(self.num_layers):
             x = self.value_quantizers[f"input_l{layer}"](x)
             results = []
             for direction in range(directions):
                 index = layer * directions + direction
-                y, state = self._run(x, (h0[index], c0[index]), f"_l{layer}{'_reverse' * direction}")
+                start = None if hx is None else (hx[0][index], hx[1][index])
+                y, state = self._run(x, start, f"_l{layer}{'_reverse' * direction}")
                 results.append(y)
                 states.append(state)
             x = torch.cat(results, -1) if directions == 2 else results[0]
@@ -89,25 +88,31 @@ class QuantLSTM(nn.LSTM, QuantModule):
         h, c = (torch.stack(parts) for parts in zip(*states))
         return x, (h, c)
 
-    def _run(self, x: Tensor, state: _State, suffix: str) -> tuple[Tensor, _State]:
-        """One direction of one layer: i, f, g, o = W_ih x + b_ih + W_hh h + b_hh."""
-        h, c = state
+    def _run(self, x: Tensor, state: _State | None, suffix: str) -> tuple[Tensor, _State]:
+        """One direction of one layer: i, f, g, o = W_ih x + b_ih + W_hh h + b_hh; without a state h and c are 0."""
 
         def weight(kind: str) -> tuple[Tensor, Tensor | None]:
             value = getattr(self, f"weight_{kind}{suffix}")
             return self.weight_quantizers[f"weight_{kind}{suffix}"](value), getattr(self, f"bias_{kind}{suffix}", None)
 
         gates_of_input = F.linear(x, *weight("ih"))  # (N, T, 4 hidden)
-        hidden, place = weight("hh"), self.value_quantizers[f"hidden{suffix}"]
+        (recurrent, bias), place = weight("hh"), self.value_quantizers[f"hidden{suffix}"]
         steps = range(x.shape[1])
         outputs = []
-        h = place(h)
+        h, c = (None, None) if state is None else (place(state[0]), state[1])
         for t in reversed(steps) if suffix.endswith("_reverse") else steps:
-            gates = gates_of_input[:, t] + F.linear(h, *hidden)
+            gates = gates_of_input[:, t]
+            if h is not None:
+                gates = gates + F.linear(h, recurrent, bias)
+            elif bias is not None:
+                gates = gates + bias
             i, f, g, o = gates.chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            new = torch.sigmoid(i) * torch.tanh(g)
+            c = new if c is None else torch.sigmoid(f) * c + new
             h = place(torch.sigmoid(o) * torch.tanh(c))
             outputs.append(h)
         if suffix.endswith("_reverse"):
             outputs.reverse()
+        assert h is not None
+        assert c is not None
         return place(torch.stack(outputs, 1)), (h, c)  # they are on this grid already, which a graph cannot see
