@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import bitsmith as bs
 from bitsmith.errors import RecipeError
 from bitsmith.grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
-from bitsmith.recipe import NAMED, Override, Recipe, bits_recipe, load_recipe
+from bitsmith.recipe import BY_EFFORT, NAMED, Override, Recipe, bits_recipe, load_recipe
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [*NAMED, *BY_EFFORT])
 def test_named_recipes_survive_yaml(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -211,3 +211,16 @@ def test_recipes_are_values() -> None:
         recipe.name = "other"  # type: ignore[misc]
     assert load_recipe(recipe) is recipe
     assert bs.load_recipe is load_recipe
+
+
+@pytest.mark.parametrize("name", BY_EFFORT)
+def test_recipes_by_effort_mean_their_widths(name: str) -> None:
+    recipe = BY_EFFORT[name]
+    assert recipe.weights is not None
+    assert recipe.activations is not None
+    widths = f"w{recipe.weights.format.bits}a{recipe.activations.format.bits}"  # type: ignore[union-attr]
+    assert name.split("-")[0] == widths
+    assert (recipe.step("reconstruct") is not None) == name.endswith("best")
+    few = recipe.weights.format.bits < 4 or recipe.activations.format.bits <= 4  # type: ignore[union-attr]
+    assert [o.match for o in recipe.overrides] == (["first", "last"] if few else [])
+    assert all(o.weights and o.weights.format.bits == 8 for o in recipe.overrides)  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from .errors import RecipeError
 from .grid import FP8_E4M3, FloatFormat, IntFormat, RangeRule, TensorSpec
-from .steps import BiasCorrection, FoldBatchNorm, Gptq, Step, check_steps, dump_step, parse_step
+from .steps import BiasCorrection, FoldBatchNorm, Gptq, Reconstruct, Step, check_steps, dump_step, parse_step
 
 PlacementName = Literal["runtime", "fx", "layerwise", "flexml", "dynamic"]
 
@@ -160,6 +160,31 @@ def bits_recipe(
     return Recipe(name=name or f"w{weight_bits}a{activation_bits}", weights=weights, activations=activations, **fields)
 
 
+def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "best"]) -> Recipe:
+    """``fast`` rounds by GPTQ (seconds, no training); ``best`` then learns blocks (minutes), kept where they gain.
+
+    As the literature has it, the first and the last layer and what they read have 8 bits where weights have less than
+    4 bits or activations 4 or less.
+    """
+    ends = bits_recipe(8, 8)
+    few = weight_bits < 4 or activation_bits <= 4
+    overrides = [Override(match=end, weights=ends.weights, activations=ends.activations) for end in ("first", "last")]
+    gptq = Gptq(asymmetric=True, scales=16 if weight_bits < 4 else 1)
+    learning = (Reconstruct(drop=0.0),) if effort == "best" else ()
+    recipe = bits_recipe(
+        weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
+        steps=(FoldBatchNorm(), gptq, *learning, BiasCorrection()), overrides=tuple(overrides) if few else (),
+    )  # fmt: skip
+    if activation_bits > 4 or recipe.activations is None:
+        return recipe
+    return recipe.model_copy(
+        update={"activations": recipe.activations.model_copy(update={"range": RangeRule(name="mse")})}
+    )
+
+
+_WIDTHS = ((8, 8), (6, 6), (4, 8), (3, 8), (2, 8), (4, 4), (2, 4))
+
+
 def _fp8() -> Recipe:
     weights = TensorSpec(format=FP8_E4M3, granularity="channel")
     activations = TensorSpec(format=FP8_E4M3, range=RangeRule(name="mse"))
@@ -184,6 +209,11 @@ NAMED: dict[str, Recipe] = {
     "int16": bits_recipe(16, 16, name="int16", symmetric=True),
     "fp8": _fp8(),
     "ai8x": _ai8x(),
+}
+
+# Recipes by widths and effort: "w4a8-fast", "w4a8-best" ...
+BY_EFFORT: dict[str, Recipe] = {
+    recipe.name: recipe for w, a in _WIDTHS for recipe in (_by_effort(w, a, "fast"), _by_effort(w, a, "best"))
 }
 
 
@@ -212,11 +242,13 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     Traceback (most recent call last):
     ...
     bitsmith.errors.RecipeError: no recipe is called 'int9': known names are ai8x, fp16-dynamic, fp8, int16, \
-int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, w8a16; a path to a YAML file is taken too
+int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, w2a4-best, w2a4-fast, w2a8-best, w2a8-fast, \
+w3a8-best, w3a8-fast, w4a4-best, w4a4-fast, w4a8-best, w4a8-fast, w6a6-best, w6a6-fast, w8a16, w8a8-best, \
+w8a8-fast; a path to a YAML file is taken too
     """
     if isinstance(recipe, Recipe):
         return recipe
-    named = NAMED | DYNAMIC
+    named = NAMED | BY_EFFORT | DYNAMIC
     if isinstance(recipe, str) and recipe in named:
         return named[recipe]
     if not isinstance(recipe, str | Path):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Stage = Literal["prepare", "weights", "bias"]
+Stage = Literal["prepare", "weights", "blocks", "bias"]
 
 
 _SCALES = "how many scales to try, from the range rule's own down to half of it; the least output error wins"
@@ -130,7 +130,7 @@ class _Learned(_Step):
     changes_bias: ClassVar[bool] = True
     form: Form = "hard_sigmoid"
     iterations: int = Field(default=1000, ge=1)
-    lr: float | None = Field(default=None, gt=0.0, description="None: 0.03; for 'linear' 2 / iterations, falling to 0")
+    lr: float | None = Field(default=None, gt=0.0, description="None: 0.05; for 'linear' 2 / iterations, falling to 0")
     regulariser: float = Field(default=20.0, ge=0.0, description="against a loss that is 1 for nearest rounding")
     beta_start: float = Field(default=20.0, ge=2.0)
     beta_end: float = Field(default=2.0, ge=1.0)
@@ -143,7 +143,7 @@ class _Learned(_Step):
         """The learning rate of the rounding when ``progress`` of the iterations are done."""
         if self.form == "linear":
             return (self.lr or 2.0 / self.iterations) * (1.0 - progress)
-        return self.lr or 0.03
+        return self.lr or 0.05
 
 
 class LearnedRounding(_Learned):
@@ -175,9 +175,11 @@ class Reconstruct(_Learned):
     The rounding of a block's weights, its biases and the scales of its activations are learned together, so that
     the block's output is that of the float model. ``drop`` is how often an activation is left unquantized while
     learning. Blocks end where one value is alive; neighbours are joined while they have ``layers`` layers or less.
-    A learning rate of 0 leaves biases or scales as they are.
+    A learning rate of 0 leaves biases or scales as they are. Behind a step that rounds layer by layer (GPTQ ...) it
+    learns which weights to take back one step towards where they came from, on the scales that step has found.
     """
 
+    stage: ClassVar[Stage] = "blocks"
     name: Literal["reconstruct"] = "reconstruct"
     layers: int = Field(default=3, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -217,7 +219,7 @@ Step = Annotated[
     Field(discriminator="name"),
 ]
 
-_ORDER: tuple[Stage, ...] = ("prepare", "weights", "bias")
+_ORDER: tuple[Stage, ...] = ("prepare", "weights", "blocks", "bias")
 
 
 def parse_step(value: Any) -> Any:

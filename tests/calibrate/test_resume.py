@@ -79,6 +79,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pyte
     assert [e.error_after for e in resumed.report.steps] == [e.error_after for e in whole.report.steps]
 
 
+@pytest.mark.parametrize("step", ["gptq", "learned_rounding"])
+def test_steps_on_layers_go_on_too(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = bits_recipe(3, 4, steps=("fold_batch_norm", step, "bias_correction"))
+    whole = bs.quantize(net(), data(), chosen, resume=tmp_path)
+    pieces = sorted(tmp_path.glob("layer-*.safetensors"))
+    assert len(pieces) == 5
+    for piece in pieces[3:]:
+        piece.unlink()
+    again = bs.quantize(net(), data(), chosen, resume=tmp_path)
+    state = again.graph.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.graph.state_dict().items())
+    seconds = [[entry.seconds for entry in q.report.steps if entry.step == step] for q in (whole, again)]
+    assert [a == b for a, b in zip(*seconds)] == [True, True, True, False, False]
+
+
 def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     bs.quantize(net(), data(), recipe(), resume=tmp_path)
     with pytest.raises(CheckpointError, match="another model, recipe"):

@@ -79,6 +79,17 @@ def test_it_takes_every_kind_of_layer_and_granularity(name: str, granularity: An
     assert better.report.output_sqnr_db > plain.report.output_sqnr_db
 
 
+def test_behind_gptq_it_starts_from_there_and_is_never_worse() -> None:
+    x = images()
+    first = bs.quantize(Residual(), [x], bits_recipe(3, 4, steps=("fold_batch_norm", "gptq")))
+    both = bs.quantize(Residual(), [x], bits_recipe(3, 4, steps=("fold_batch_norm", "gptq", steps()[1])))
+    blocks = [entry for entry in both.report.steps if entry.step == "reconstruct"]
+    assert len(blocks) == 2
+    assert len([entry for entry in both.report.steps if entry.step == "gptq"]) == 4
+    assert all(entry.undone or entry.error_after < entry.error_before for entry in blocks)
+    assert both.report.output_sqnr_db > first.report.output_sqnr_db - 0.5
+
+
 def test_it_learns_while_activations_are_dropped() -> None:
     x = images()
     plain = bs.quantize(Residual(), [x], bits_recipe(2, 4, steps=NEAREST))

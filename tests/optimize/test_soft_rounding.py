@@ -55,6 +55,23 @@ def test_every_end_is_on_the_grid_and_next_to_the_weight(form: str, name: str) -
     assert float((hard - weight)[inside].abs().max()) <= float(grid.scale.max()) * 1.001
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_weights_on_the_grid_begin_there_and_may_go_one_step_back(name: str) -> None:
+    original, grid = weight_and_grid(name)
+    rounded = fake_quantize(original + 0.7 * grid.scale.max() * torch.randn_like(original), grid)
+    soft = SoftRounding([(rounded, grid)], originals=[original])
+    torch.testing.assert_close(soft.harden()[0], rounded)
+    with torch.no_grad():
+        soft.v.copy_(-soft.v)  # every one to the other end
+    other = soft.harden()[0]
+    torch.testing.assert_close(other, fake_quantize(other, grid))
+    steps = (quantize(other, grid).int() - quantize(rounded, grid).int()).abs()
+    assert int(steps.max()) == 1
+    moved = steps == 1
+    towards = torch.sign(original - rounded) == torch.sign(other - rounded)
+    assert bool(towards[moved & ((original - rounded).abs() > 1e-5)].all())
+
+
 @pytest.mark.parametrize("form", ["hard_sigmoid", "sigmoid"])
 def test_the_gradient_is_that_of_the_formulas(form: str) -> None:
     first, second = weight_and_grid("channel"), weight_and_grid("tensor", (5, 7))

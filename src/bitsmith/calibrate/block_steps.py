@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..capture.ops import module_of
 from ..errors import RecipeError
-from ..grid import Grid, Quantizer
+from ..grid import Quantizer
 from ..optimize.reconstruct import reconstruct
 from ..optimize.trainable import TrainableBlock
 from ..optimize.visit import StepLog
@@ -22,6 +21,7 @@ from ..steps import LearnedRounding, Reconstruct
 from .bias import set_bias_grid
 from .blocks import Block
 from .samples import Samples
+from .state import State
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -45,25 +45,28 @@ class BlockSteps:
         if self.step is None or not block.layers:
             return
         log = StepLog(self.step.name, block.name)
-        piece, state = f"block-{index:03}", _State(block)
+        originals = self._round_first(block)
+        piece, state = f"block-{index:03}", State(block.stages)
         saved = self.walk.resume.load(piece) if self.walk.resume is not None else None
         if saved is not None:
             tensors, notes = saved
             state.take(tensors)
             log = StepLog(**notes)
         else:
-            self._learn_or_undo(block, state, log, index)
+            self._learn_or_undo(block, state, log, index, originals)
         self._set_bias_grids(block)
         self._remember_grids(block)
         if self.walk.resume is not None and saved is None:
             self.walk.resume.save(piece, state.tensors(), asdict(log))
         self.log.append(log)
 
-    def _learn_or_undo(self, block: Block, state: _State, log: StepLog, index: int) -> None:
+    def _learn_or_undo(
+        self, block: Block, state: State, log: StepLog, index: int, originals: dict[int, Tensor]
+    ) -> None:
         """Reconstruct; where the error of the block's output has not become less, the block is put back."""
         start, before = time.perf_counter(), state.copy()
         log.before = self._error(block)
-        self._learn(block, index)
+        self._learn(block, index, originals)
         self._set_bias_grids(block)
         log.after = self._error(block)
         if not log.after < log.before:
@@ -71,7 +74,17 @@ class BlockSteps:
             log.undone = True
         log.seconds = time.perf_counter() - start
 
-    def _learn(self, block: Block, index: int) -> None:
+    def _round_first(self, block: Block) -> dict[int, Tensor]:
+        """Let the recipe's steps on layers round the block's weights; returns the weights from before."""
+        if not self.walk.steps.rounding:
+            return {}
+        layers = [stage.layer for stage in block.layers if stage.layer is not None]
+        originals = {id(layer): layer.weight.detach().clone() for layer in layers}
+        for stage in block.stages:
+            self.walk.try_out(stage)
+        return originals
+
+    def _learn(self, block: Block, index: int, originals: dict[int, Tensor]) -> None:
         assert self.step is not None
         walk, options = self.walk, _as_reconstruct(self.step)
         seed = options.seed * 1_000_003 + index
@@ -90,6 +103,7 @@ class BlockSteps:
             trainable = TrainableBlock(
                 walk.graph, block.nodes, block.ends, form=options.form, frozen=walk.steps._is_shared,
                 shared=lambda q: self._scale_key(block, q), drop=options.drop, seed=seed,
+                originals=originals,
             )  # fmt: skip
             reconstruct(trainable, batches, options, report)
 
@@ -158,44 +172,3 @@ def _device(step: Reconstruct | LearnedRounding | None) -> torch.device | None:
             f"the step {step.name} asks for device {step.device!r}, which is not here: {error}"
         ) from error
     return device
-
-
-class _State:
-    """The parameters and grids of a block: to be put back, kept in a file, or taken from there."""
-
-    def __init__(self, block: Block) -> None:
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.quantizers: dict[str, Quantizer] = {}
-        for stage in block.stages:
-            if stage.layer is not None and stage.compute is not None:
-                name = str(stage.compute.target)
-                self.parameters |= {f"{name}.{n}": p for n, p in stage.layer.layer.named_parameters()}
-                if stage.layer.weight_quantizer is not None:
-                    self.quantizers[f"{name}.weight_scale"] = stage.layer.weight_quantizer
-            if stage.observes and stage.quantizer is not None:
-                self.quantizers[f"{stage.end.name}.scale"] = stage.quantizer
-
-    def copy(self) -> tuple[dict[str, Tensor], dict[str, Grid]]:
-        """Values and grids as they are now."""
-        values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        return values, {name: grid for name, q in self.quantizers.items() if (grid := q.grid) is not None}
-
-    def restore(self, values: dict[str, Tensor], grids: dict[str, Grid]) -> None:
-        """Put a copy back."""
-        for name, value in values.items():
-            self.parameters[name].data.copy_(value)
-        for name, grid in grids.items():
-            self.quantizers[name].set_grid(grid)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Values and scales by name."""
-        values, grids = self.copy()
-        return values | {name: grid.scale for name, grid in grids.items()}
-
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Values and scales from a file."""
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[name])
-        for name, quantizer in self.quantizers.items():
-            if (grid := quantizer.grid) is not None:
-                quantizer.set_grid(dataclasses.replace(grid, scale=tensors[name].to(grid.scale.device)))

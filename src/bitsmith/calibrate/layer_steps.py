@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ..place.plan import layer_name
 from ..steps import ColumnByColumn, Step
 from .bias import set_bias_grid
 from .stages import Stage
+from .state import State
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -77,13 +79,26 @@ class LayerSteps:
             log.skipped = "its weights are shared by several calls" if self._is_shared(layer) else step.refusal(layer)
             if not log.skipped:
                 visit = LayerVisit(log.layer, layer, partial(self._inputs, stage, node), _input_grid(node))
-                self._run(step, visit, log, node)
+                log = self._resume_or_run(step, visit, log, stage)
             elif self.accumulator_bits is not None and not isinstance(layer.layer, nn.Embedding):
                 raise CalibrationError(
                     f"accumulator_bits={self.accumulator_bits} cannot be kept in layer {log.layer!r}: {log.skipped}; "
                     "exclude it by an override, or drop accumulator_bits"
                 )
             self.log.append(log)
+
+    def _resume_or_run(self, step: LayerStep, visit: LayerVisit, log: StepLog, stage: Stage) -> StepLog:
+        """One step on one layer, or what an earlier run with the same resume folder made of it."""
+        resume, piece, state = self.walk.resume, f"layer-{len(self.log):03}", State([stage])
+        assert stage.compute is not None
+        if resume is not None and (saved := resume.load(piece)) is not None:
+            state.take(saved[0])
+            set_bias_grid(visit.layer, stage.compute, self.walk.target.bias_unit)
+            return StepLog(**saved[1])
+        self._run(step, visit, log, stage.compute)
+        if resume is not None:
+            resume.save(piece, state.tensors(), asdict(log))
+        return log
 
     def _run(self, step: LayerStep, visit: LayerVisit, log: StepLog, node: fx.Node) -> None:
         """One step on one layer; where the error of the layer's output has grown, the layer is put back."""
@@ -97,7 +112,7 @@ class LayerSteps:
             quantizer.set_grid(grid)
             log.undone = True
         elif quantizer.scale is not grid.scale:
-            set_bias_grid(visit.layer, node)
+            set_bias_grid(visit.layer, node, self.walk.target.bias_unit)
         log.note = "; ".join(visit.notes)
         log.seconds = time.perf_counter() - start
 

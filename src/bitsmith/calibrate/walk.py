@@ -85,6 +85,8 @@ class Walk:
         self.store = Store(memory)
         self.log = WalkLog(samples=sum(self.counts), noise_samples=sum(self.counts[: self.quantized_chunks]))
         self._float_position = 0
+        self._rounded: set[int] = set()  # stages whose weights have had their turn
+        self._tried: Stage | None = None  # the stage that runs only for what comes after it in its block
         self._uses = {"float": self._count_uses("float"), "quantized": self._count_uses("quantized")}
 
     def run(self) -> WalkLog:
@@ -156,20 +158,36 @@ class Walk:
                 self._choose_range(statistic, stage)
             self._release("float", [source.name for source in stage.inputs])
 
-    def _run_quantized(self, stage: Stage) -> None:
+    def try_out(self, stage: Stage) -> None:
+        """Round a stage's weights and run it, so that those of the next can be; it runs again after its block."""
         self.steps.round_weights(stage)
+        self._tried = stage
+        for chunk in range(self.quantized_chunks):
+            self._keep(stage, chunk, self._quantized_value(stage, chunk))
+        self._tried = None
+        self._rounded.add(id(stage))
+
+    def _quantized_value(self, stage: Stage, chunk: int, *, corrected: bool = False) -> Any:
+        value = self._execute("quantized", stage, chunk, corrected=corrected)
+        grid = stage.quantizer.grid if stage.quantizer is not None else None
+        return value if grid is None else fake_quantize_(value, grid)
+
+    def _keep(self, stage: Stage, chunk: int, value: Any) -> None:
+        grid = stage.quantizer.grid if stage.quantizer is not None else None
+        if grid is not None and grid.format.bits <= 16 and grid.format.kind == "int":
+            value = quantize(value, grid)
+        self.store.put(("quantized", stage.end.name, chunk), value)
+
+    def _run_quantized(self, stage: Stage) -> None:
+        if id(stage) not in self._rounded:
+            self.steps.round_weights(stage)
         corrected = self.steps.correct_bias(stage)
         noise = Noise() if stage.compute is not None and _is_float(stage.end.meta.get("val")) else None
         for chunk in range(self.quantized_chunks):
-            value = self._execute("quantized", stage, chunk, corrected=corrected)
-            grid = stage.quantizer.grid if stage.quantizer is not None else None
-            if grid is not None:
-                value = fake_quantize_(value, grid)
+            value = self._quantized_value(stage, chunk, corrected=corrected)
             if noise is not None:
                 noise.update(self.store.get(("float", stage.end.name, chunk)), value)
-            if grid is not None and grid.format.bits <= 16 and grid.format.kind == "int":
-                value = quantize(value, grid)
-            self.store.put(("quantized", stage.end.name, chunk), value)
+            self._keep(stage, chunk, value)
         if stage.compute is not None:
             if noise is not None:
                 self.log.noise[stage.compute] = noise
@@ -201,7 +219,7 @@ class Walk:
                 layer, axis = self._auto_weights[node]
                 self.log.ranges.append(choose_weight_grid(str(node.target), layer, axis, env[node.args[0]]))  # type: ignore[index]
             env[node] = self._call(stream, node, env)
-            if chunk < self.quantized_chunks:
+            if chunk < self.quantized_chunks and self._tried is None:
                 self.steps.observe(node, stream, env[node])  # now: an activation may overwrite it
         return env[nodes[-1]] if nodes else None
 

@@ -17,6 +17,7 @@ from ..grid.kernels import broadcast
 from ..steps import Form
 
 _ZETA, _GAMMA = 1.1, -0.1
+_BEGIN = 0.05  # how far towards the original a weight that is on the grid begins
 
 
 class SoftRounding:
@@ -24,6 +25,9 @@ class SoftRounding:
 
     ``v`` (flat, over all weights) is what is learned; ``weights`` are leaves in the layers' shapes whose gradients
     ``pull_back`` turns into that of ``v``.
+
+    Weights that an earlier step has put on the grid already come with their ``originals``: then the two ends are
+    where they are, and one step from there towards the original.
 
     >>> soft = SoftRounding([(torch.tensor([0.2, 0.8, 9.0]), Grid(IntFormat(3), torch.tensor(1.0)))])
     >>> soft.refresh()
@@ -33,9 +37,13 @@ class SoftRounding:
     [0.0, 1.0, 3.0]
     """
 
-    def __init__(self, weights: list[tuple[Tensor, Grid]], form: Form = "hard_sigmoid") -> None:
+    def __init__(
+        self, weights: list[tuple[Tensor, Grid]], form: Form = "hard_sigmoid",
+        originals: list[Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.form = form
-        parts = [_codes(weight.detach(), grid) for weight, grid in weights]
+        known = [weight for weight, _ in weights] if originals is None else originals
+        parts = [_codes(weight.detach(), grid, original) for (weight, grid), original in zip(weights, known)]
         scale, low, span, fraction = (torch.cat([_flat(part[i]) for part in parts]) for i in range(4))
         self.step, self.base = scale * span, scale * low
         self.fraction = fraction
@@ -119,19 +127,28 @@ def parts_of(weights: list[tuple[Tensor, Grid]]) -> list[tuple[Tensor, Grid]]:
     return [(torch.empty_like(w, memory_format=torch.preserve_format), g) for w, g in weights]
 
 
-def _codes(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _codes(weight: Tensor, grid: Grid, original: Tensor) -> tuple[Tensor, ...]:
     """Scale, centred code below, span and fraction above, each in the weight's shape."""
     assert isinstance(grid.format, IntFormat)
     blocks, scale, zero = broadcast(weight, grid)
-    low_end, high_end = float(grid.format.qmin), float(grid.format.qmax)
-    least, most = (low_end, high_end) if zero is None else (low_end - zero, high_end - zero)
-    least, most = (torch.as_tensor(end, dtype=torch.float32, device=weight.device) for end in (least, most))
+    ends = (float(grid.format.qmin), float(grid.format.qmax))
+    least, most = (
+        torch.as_tensor(e if zero is None else e - zero, dtype=torch.float32).to(weight.device) for e in ends
+    )
     ratio = torch.maximum(torch.minimum(blocks / scale, most), least)
-    low = ratio.floor()
-    span = (low < most).float()
+    if torch.equal(weight, original):
+        low = ratio.floor()
+        span, fraction = (low < most).float(), ratio - low
+    else:
+        here = ratio.round()
+        up = broadcast(original, grid)[0] / scale >= here
+        low = torch.where(up, here, here - 1)
+        inside = (low >= least) & (low < most)
+        low, span = torch.where(inside, low, here), inside.float()
+        fraction = torch.where(up, _BEGIN, 1 - _BEGIN) * span
     like = torch.empty_like(weight)
-    parts = (scale.expand_as(blocks), low, span, ratio - low)
-    return tuple(like.clone().copy_(part.reshape(weight.shape)) for part in parts)  # type: ignore[return-value]
+    parts = (scale.expand_as(blocks), low, span, fraction)
+    return tuple(like.clone().copy_(part.reshape(weight.shape)) for part in parts)
 
 
 def _flat(x: Tensor) -> Tensor:

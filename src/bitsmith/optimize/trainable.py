@@ -23,17 +23,21 @@ class TrainableBlock:
     """Runs a block's nodes with soft weights, learned biases and learned activation scales.
 
     ``frozen`` layers keep their weights and biases, ``shared`` tells which Quantizers have one scale (None: one that
-    must not change here). ``drop`` is the share of activations that pass unquantized.
+    must not change here). ``drop`` is the share of activations that pass unquantized; ``originals`` are the weights, by
+    layer, from before an earlier step rounded them.
     """
 
     def __init__(
         self, graph: fx.GraphModule, nodes: list[fx.Node], ends: list[fx.Node], *, form: Form,
         frozen: Callable[[QuantLayer], bool], shared: Callable[[Quantizer], int | None], drop: float, seed: int,
+        originals: dict[int, Tensor],
     ) -> None:  # fmt: skip
         self.graph, self.nodes, self.ends, self.drop = graph, nodes, ends, drop
         layers = [m for n in nodes if isinstance(m := module_of(n), QuantLayer) and not frozen(m)]
         self.layers = {id(m): m for m in layers if _is_integer(m.weight_quantizer)}
-        self.rounding = SoftRounding([(m.weight, _grid(m.weight_quantizer)) for m in self.layers.values()], form)
+        weights = [(m.weight, _grid(m.weight_quantizer)) for m in self.layers.values()]
+        known = [originals.get(key, m.weight).to(m.weight.device) for key, m in self.layers.items()]
+        self.rounding = SoftRounding(weights, form, known)
         self.weights = dict(zip(self.layers, self.rounding.weights))
         self.biases = {key: m.bias.detach().clone() for key, m in self.layers.items() if m.bias is not None}
         self.shift = {key: torch.zeros_like(bias, requires_grad=True) for key, bias in self.biases.items()}
