@@ -1,6 +1,7 @@
 """What each post-training algorithm gives back: top-1 and agreement with the float model, simulated.
 
-    python -m benchmarks.algorithms [--nets resnet20 ...] [--rows "w4a8 gptq" ...] [--quick] [--csv FILE]
+    python -m benchmarks.algorithms [--nets resnet20 ...] [--rows "w4a8 gptq" ...] [--draws N] [--quick]
+                                    [--csv FILE]
 
 The CSV file is added to, so that a table can be made in several runs. Rows with several draws are calibrated with as
 many sets of images: the first 1,000 training images, then seeded draws from the other 9,000; mean and standard
@@ -80,12 +81,12 @@ def calibration_draw(draw: int) -> data.Batches:
     return data.batches(data.normalized(images[chosen], *RESNET_NORM), labels[chosen], 100)
 
 
-def measure(net: str, name: str, loaded: Any, quick: bool) -> dict[str, Any]:
+def measure(net: str, name: str, loaded: Any, draws: int, quick: bool) -> dict[str, Any]:
     """One row of the table."""
     row, (model, calibration, test, _) = ROWS[net][name], loaded
     test = test[: max(1, 1000 // len(test[0][0]))] if quick else test
     labels, exact = torch.cat([y for _, y in test]), answers(model, test)
-    draws = 1 if quick else row.draws
+    draws = 1 if quick else min(draws, row.draws)
     top1, agreement, seconds, reports = [], [], [], []
     for draw in range(draws):
         start = time.perf_counter()
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--rows", nargs="+")
+    parser.add_argument("--draws", type=int, default=3, help="at most so many")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
@@ -132,7 +134,7 @@ def main() -> None:
         for name in ROWS[net]:
             if options.rows and name not in options.rows:
                 continue
-            r = measure(net, name, loaded, options.quick)
+            r = measure(net, name, loaded, options.draws, options.quick)
             print(f"{net:18}{name:26}{r['placement']:10}{r['float_top1']:7.2f}{r['top1']:8.2f} +-{r['top1_std']:5.2f}"
                   f"{r['agreement']:8.2f} +-{r['agreement_std']:5.2f}{r['step_s']:8.2f} s{r['quantize_s']:8.2f} s",
                   flush=True)  # fmt: skip

@@ -73,7 +73,7 @@ class Moments:
         if isinstance(self.layer, nn.Linear):
             self._add(x.reshape(1, -1, x.shape[-1]), None if exact is None else exact.reshape(1, -1, x.shape[-1]))
             return
-        groups, windows = self.h.shape[0], _windows(self.layer, x)
+        groups, windows = self.h.shape[0], _windows(self.layer)
         if groups == 1 and windows.has_bands(x):
             bands = _Bands(windows, x)
             self.h += bands.product(bands)
@@ -125,7 +125,7 @@ class _Windows:
         return F.pad(x, flat, mode=self.mode) if any(flat) else x
 
 
-def _windows(layer: nn.Module, x: Tensor) -> _Windows:
+def _windows(layer: nn.Module) -> _Windows:
     conv: Any = layer
     kernel, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
@@ -154,7 +154,7 @@ def _patches(windows: _Windows, x: Tensor, groups: int) -> Tensor:
 
 def patches_of(layer: nn.Module, x: Tensor, groups: int) -> Tensor:
     """The patches of ``x`` that a convolution's rows are multiplied with: (groups, count, columns)."""
-    return _patches(_windows(layer, x), x, groups)
+    return _patches(_windows(layer), x, groups)
 
 
 class _Bands:
