@@ -78,4 +78,4 @@ def main(folder: str | None = None, count: int = 1000) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:2])

@@ -16,6 +16,11 @@ def test_without_data_they_say_what_is_missing(name: str, tmp_path: Path, capsys
     assert "skipped: imagenet_mobilenet_v1_0.25_224.safetensors and" in capsys.readouterr().out
 
 
+def test_resnet50_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "resnet50.py"))["main"]("weights.pth")
+    assert "skipped: " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_eager_tutorial(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "net.pt"
