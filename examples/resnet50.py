@@ -8,24 +8,25 @@ images per class.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import bitsmith as bs
+from bitsmith.errors import MissingExtraError
 from bitsmith.evaluate import Preprocess, evaluate, load_data, load_model, model_size
 
 
 def main(weights: str = "", train: str = "", validation: str = "", output: str = "resnet50_int8.pt") -> None:
     """Float, then int8 on PyTorch's kernels."""
-    if importlib.util.find_spec("torchvision") is None:
-        print("skipped: torchvision is not installed (pip install 'bitsmith[vision]')")
-        return
     given = {"WEIGHTS": weights, "TRAIN": train, "VALIDATION": validation}
     if missing := [path or name for name, path in given.items() if not path or not Path(path).exists()]:
         print(f"skipped: {', '.join(missing)} not found; usage: {(__doc__ or '').splitlines()[2]}")
         return
-    net = load_model("torchvision:resnet50", weights).eval()
+    try:
+        net = load_model("torchvision:resnet50", weights)
+    except MissingExtraError as error:
+        print(f"skipped: {error}")
+        return
     preprocess = Preprocess(resize=256, crop=224)
     test = load_data(validation, preprocess=preprocess)
     q = bs.quantize(net, load_data(train, preprocess=preprocess, samples=512))

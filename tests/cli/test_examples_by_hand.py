@@ -5,7 +5,11 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -18,7 +22,24 @@ def test_without_data_they_say_what_is_missing(name: str, tmp_path: Path, capsys
 
 def test_resnet50_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "resnet50.py"))["main"]("weights.pth")
-    assert "skipped: " in capsys.readouterr().out
+    assert "skipped: weights.pth, TRAIN, VALIDATION not found" in capsys.readouterr().out
+
+
+def test_resnet50_s_flow_on_a_small_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        for label in range(3):
+            (tmp_path / part / str(label)).mkdir(parents=True)
+            pixels = np.random.default_rng(label).integers(0, 255, (230, 230, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / part / str(label) / "image.png")
+    (tmp_path / "weights.pth").touch()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6)).eval()
+    script = runpy.run_path(str(EXAMPLES / "resnet50.py"))
+    script["main"].__globals__["load_model"] = lambda name, weights: net
+    script["main"](*(str(tmp_path / name) for name in ("weights.pth", "train", "val", "net.pt")))
+    printed = capsys.readouterr().out
+    assert printed.count("images/s") == 2
+    assert torch.jit.load(tmp_path / "net.pt")(torch.zeros(1, 3, 224, 224)).shape == (1, 6)
 
 
 @pytest.mark.slow
