@@ -40,7 +40,9 @@ class Plan:
 
 
 def _linear(layer: Any, plan: Plan) -> DynamicLayer:
-    return DynamicLinear(layer.weight, layer.bias, plan.weights, plan.activations, plan.name)
+    """With one output, quantizing the input would cost as much as the product, and scores lose by it."""
+    activations: Activations = "float" if layer.out_features == 1 else plan.activations
+    return DynamicLinear(layer.weight, layer.bias, plan.weights, activations, plan.name)
 
 
 def _sequence(layer: Any, plan: Plan) -> DynamicLayer:
