@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from benchmarks import data, nets
 from benchmarks.accuracy import answers, commit
 from benchmarks.nets.registry import RESNET_NORM
 from bitsmith.recipe import PlacementName, bits_recipe
-from bitsmith.steps import Gpfq, Gptq, Qronos, Step
+from bitsmith.steps import Gpfq, Gptq, LearnedRounding, Qronos, Step
 
 FIELDS = ("net", "row", "placement", "steps", "draws", "calibration_samples", "judged_samples", "float_top1", "top1",
           "top1_std", "agreement", "agreement_std", "step_s", "quantize_s", "seed", "commit", "bitsmith")  # fmt: skip
@@ -68,9 +68,30 @@ def _rounding(weight_bits: int, draws: int) -> dict[str, Row]:
     }
 
 
+def _by_effort(*names: str, draws: int = 1) -> dict[str, Row]:
+    """Recipes by widths and effort under the default placement, or the one after a slash."""
+    rows = {}
+    for name in names:
+        recipe, _, placement = name.partition("/")
+        rows[name] = Row(bs.load_recipe(recipe), cast("PlacementName", placement or "runtime"), draws)
+    return rows
+
+
+def _learned() -> dict[str, Row]:
+    recipe = bits_recipe(4, 8, steps=("fold_batch_norm", LearnedRounding(), "bias_correction"))
+    return {"w4a8 learned rounding": Row(recipe, "layerwise", 3)}
+
+
+_CIFAR = ("w4a8-fast", "w4a8-best", "w3a8-fast", "w3a8-best", "w2a8-fast", "w2a8-best", "w4a4-fast", "w4a4-best",
+          "w4a4-fast/fx", "w4a4-best/fx", "w2a4-fast", "w2a4-best")  # fmt: skip
+
 ROWS: dict[str, dict[str, Row]] = {
-    "resnet20": _rounding(4, 3) | _rounding(3, 3) | _rounding(2, 1),
-    "resnet32": _rounding(4, 1) | _rounding(3, 1),
+    "resnet20": _rounding(4, 3) | _rounding(3, 3) | _rounding(2, 1) | _learned() | _by_effort(*_CIFAR, draws=3),
+    "resnet32": _rounding(4, 1) | _rounding(3, 1) | _by_effort("w4a8-best", "w4a4-best"),
+    "shufflenetv2_x0_5": _by_effort("w4a8-fast", "w4a8-best"),
+    "dscnn_kws": _by_effort("w4a8-fast", "w4a8-best"),
+    "mcunet_in4": _by_effort("w4a8-fast", "w4a8-best"),
+    "mobilenet_v1_025": _by_effort("w4a8-fast", "w4a8-best"),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bitsmith
 from bitsmith.capture.ops import _OPS
-from bitsmith.recipe import NAMED
+from bitsmith.recipe import BY_EFFORT, NAMED
 from bitsmith.targets import list_targets
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def api() -> list[str]:
 def recipes() -> list[str]:
     """The named recipes as YAML."""
     lines = ["## Named recipes", "", "A name means the same numbers everywhere and for ever.", ""]
-    for name, recipe in NAMED.items():
+    for name, recipe in (NAMED | BY_EFFORT).items():
         lines += [f"### `{name}`", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return lines
 
