@@ -101,7 +101,7 @@ class BlockSteps:
         batches = samples.minibatches(options.batch_size, options.iterations, seed)
         with self._on_device(block), torch.enable_grad():
             trainable = TrainableBlock(
-                walk.graph, block.nodes, block.ends, form=options.form, frozen=walk.steps._is_shared,
+                walk.graph, block.nodes, block.ends, form=options.form, frozen=walk.steps.is_shared,
                 shared=lambda q: self._scale_key(block, q), drop=options.drop, seed=seed,
                 originals=originals,
             )  # fmt: skip
@@ -143,9 +143,9 @@ class BlockSteps:
         """The squared error of the block's ends over all samples, as the walk itself will run it."""
         walk, total = self.walk, 0.0
         for chunk in range(walk.quantized_chunks):
-            env = {node: walk._read("quantized", node, chunk) for node in [*block.sides, *block.sources]}
+            env = {node: walk.read("quantized", node, chunk) for node in [*block.sides, *block.sources]}
             for node in block.nodes:
-                value = walk._call("quantized", node, env)
+                value = walk.call("quantized", node, env)
                 env[node] = value
             for end in block.ends:
                 exact = walk.store.get(("float", end.name, chunk))

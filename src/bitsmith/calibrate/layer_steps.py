@@ -49,7 +49,7 @@ class LayerSteps:
         """Whether the float stream's inputs of a layer must be kept until the quantized stream has passed it."""
         return any(step.needs_float_inputs for step in self.rounding)
 
-    def _is_shared(self, layer: QuantLayer) -> bool:
+    def is_shared(self, layer: QuantLayer) -> bool:
         """Whether another call reads the same parameters: they must not be changed for what one call sees."""
         return self.calls[id(layer.layer)] > 1
 
@@ -60,7 +60,7 @@ class LayerSteps:
         axes = {
             node: -1 if isinstance(layer.layer, nn.Linear) else 1
             for node, layer in layers.items()
-            if layer.bias is not None and not self._is_shared(layer)
+            if layer.bias is not None and not self.is_shared(layer)
         }
         return {node: {"float": kind(axis), "quantized": kind(axis)} for node, axis in axes.items()}
 
@@ -76,7 +76,7 @@ class LayerSteps:
             return
         for step in self.rounding:
             log = StepLog(step.name, layer_name(node))
-            log.skipped = "its weights are shared by several calls" if self._is_shared(layer) else step.refusal(layer)
+            log.skipped = "its weights are shared by several calls" if self.is_shared(layer) else step.refusal(layer)
             if not log.skipped:
                 visit = LayerVisit(log.layer, layer, partial(self._inputs, stage, node), _input_grid(node))
                 log = self._resume_or_run(step, visit, log, stage)

@@ -81,8 +81,8 @@ class Samples:
         def side(node: fx.Node) -> Any:
             value = node.meta.get("val")
             if has_samples(value, self.batch):
-                return join([walk._read("quantized", node, chunk) for chunk in chunks])
-            return walk._read("quantized", node, chunks[0])
+                return join([walk.read("quantized", node, chunk) for chunk in chunks])
+            return walk.read("quantized", node, chunks[0])
 
         exact = {source: join([self._float(source, c) for c in chunks]) for source in block.sources}
         return {
@@ -91,7 +91,7 @@ class Samples:
             "exact": exact,
             "read": exact
             if self.float_inputs
-            else {source: join([walk._read("quantized", source, c) for c in chunks]) for source in block.sources},
+            else {source: join([walk.read("quantized", source, c) for c in chunks]) for source in block.sources},
             "targets": [join([self._float(end, c) for c in chunks]) for end in block.ends],
         }
 

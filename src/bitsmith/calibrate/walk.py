@@ -211,19 +211,20 @@ class Walk:
         return value
 
     def inputs(self, stream: str, stage: Stage, chunk: int) -> dict[fx.Node, Any]:
-        return {source: self._read(stream, source, chunk) for source in stage.inputs}
+        return {source: self.read(stream, source, chunk) for source in stage.inputs}
 
     def run_nodes(self, stream: str, nodes: list[fx.Node], env: dict[fx.Node, Any], chunk: int) -> Any:
         for node in nodes:
             if stream == "float" and chunk == 0 and node in self._auto_weights:
                 layer, axis = self._auto_weights[node]
                 self.log.ranges.append(choose_weight_grid(str(node.target), layer, axis, env[node.args[0]]))  # type: ignore[index]
-            env[node] = self._call(stream, node, env)
+            env[node] = self.call(stream, node, env)
             if chunk < self.quantized_chunks and self._tried is None:
                 self.steps.observe(node, stream, env[node])  # now: an activation may overwrite it
         return env[nodes[-1]] if nodes else None
 
-    def _call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def call(self, stream: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """The value of one node in a stream: layers are the user's own in the float one."""
         args = fx.map_arg(node.args, lambda n: env[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
         if node.op == "get_attr":
@@ -237,7 +238,8 @@ class Walk:
             module = module.layer  # type: ignore[assignment]
         return module(*args, **kwargs)
 
-    def _read(self, stream: str, node: fx.Node, chunk: int) -> Any:
+    def read(self, stream: str, node: fx.Node, chunk: int) -> Any:
+        """A stored value in real numbers."""
         value = self.store.get((stream, node.name, chunk))
         if stream == "quantized" and node.op == "call_module":
             module = self.graph.get_submodule(str(node.target))
@@ -322,7 +324,7 @@ class Walk:
             for chunk in range(self.quantized_chunks):
                 exact = self.store.get(("float", source.name, chunk))
                 if isinstance(exact, Tensor) and exact.is_floating_point():
-                    self.log.output.update(exact, self._read("quantized", source, chunk))
+                    self.log.output.update(exact, self.read("quantized", source, chunk))
 
     # Liveness
 
