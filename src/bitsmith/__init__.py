@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .dynamic import DynamicModel, quantize_dynamic
     from .eager import DeQuantStub, FloatFunctional, QuantStub, convert, fuse_modules, prepare
     from .errors import BitsmithError
-    from .export import export_ai8x, export_onnx, export_pt2, export_torchscript
+    from .export import export_ai8x, export_onnx, export_pt2, export_tidl, export_torchscript
     from .flow import quantize
     from .model import QuantizedModel
     from .recipe import Override, Recipe, load_recipe
@@ -41,6 +41,7 @@ _PUBLIC = {
     "export_ai8x": "export",
     "export_onnx": "export",
     "export_pt2": "export",
+    "export_tidl": "export",
     "export_torchscript": "export",
     "fuse_modules": "eager",
     "get_target": "targets",

@@ -205,6 +205,7 @@ NAMED: dict[str, Recipe] = {
     "int8-tensor": bits_recipe(8, 8, name="int8-tensor", granularity="tensor"),
     "int8-sym": bits_recipe(8, 8, name="int8-sym", symmetric=True),
     "int8-po2": bits_recipe(8, 8, name="int8-po2", symmetric=True, scale="po2"),
+    "int8-tensor-po2": bits_recipe(8, 8, name="int8-tensor-po2", symmetric=True, scale="po2", granularity="tensor"),
     "w8a16": bits_recipe(8, 16, name="w8a16", symmetric=True),
     "int16": bits_recipe(16, 16, name="int16", symmetric=True),
     "fp8": _fp8(),
@@ -243,9 +244,9 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     Traceback (most recent call last):
     ...
     bitsmith.errors.RecipeError: no recipe is called 'int9': known names are ai8x, fp16-dynamic, fp8, int16, \
-int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, w2a4-best, w2a4-fast, w2a8-best, w2a8-fast, \
-w3a8-best, w3a8-fast, w4a4-best, w4a4-fast, w4a8-best, w4a8-fast, w6a6-best, w6a6-fast, w8a16, w8a8-best, \
-w8a8-fast; a path to a YAML file is taken too
+int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, int8-tensor-po2, w2a4-best, w2a4-fast, \
+w2a8-best, w2a8-fast, w3a8-best, w3a8-fast, w4a4-best, w4a4-fast, w4a8-best, w4a8-fast, w6a6-best, w6a6-fast, w8a16, \
+w8a8-best, w8a8-fast; a path to a YAML file is taken too
     """
     if isinstance(recipe, Recipe):
         return recipe

@@ -27,6 +27,7 @@ from .plan import (
     Planner,
     Policy,
     carrying,
+    fused_end,
     is_non_negative,
     layer_name,
     operands,
@@ -79,13 +80,15 @@ def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     overrides = {node: [*matched, *_carried(node, hand, marks)] for node, matched in overrides.items()}
     _check_plan(graph, plan, compute, recipe)
     specs = _activation_specs(plan, overrides, recipe, hand, marks)
+    if target.same_signs:
+        _sign_products(plan, specs)
     values = _insert_values(graph, plan, specs) if recipe.activations else {}
     if recipe.activations:
         _insert_edges(graph, plan, specs)
         _repeat_after_moves(graph)
     for node in plan.layers:
         if node.op == "call_module":
-            _wrap_layer(graph, node, overrides.get(node) or _carried(node, hand, marks), recipe)
+            _wrap_layer(graph, node, overrides.get(node) or _carried(node, hand, marks), recipe, target)
     graph.recompile()
     placed = Placed(layers=plan.layers, groups=_merge_groups(plan, values), marks=_marked(marks, values))
     if target.limits is not None:
@@ -104,7 +107,7 @@ def _policy(recipe: Recipe, target: Target) -> Policy:
     An add of floats aligns exponents anyway, so nothing is gained by quantizing its operands.
     """
     policy = POLICIES[recipe.placement]
-    if target.keeps_scale:  # a device without float units
+    if target.keeps_scale or target.all_ranges:  # a device without float units
         policy = replace(policy, everything=True)
     if not target.rescales and not policy.own_inputs:
         policy = replace(policy, shared=True)
@@ -202,6 +205,15 @@ def _activation_specs(
     return specs
 
 
+def _sign_products(plan: Plan, specs: dict[tuple[fx.Node, fx.Node | None], TensorSpec]) -> None:
+    """Signed codes for what a product of two activations reads and gives, also where nothing is negative."""
+    for node in plan.layers:
+        if op_of(node).name == "matmul":
+            for value in (*map(origin, operands(node)), fused_end(node)):
+                if (value, None) in specs:
+                    specs[value, None] = specs[value, None].model_copy(update={"auto_unsigned": False})
+
+
 def _add_quantizer(graph: fx.GraphModule, name: str, quantizer: Quantizer) -> str:
     if not hasattr(graph, "quantizers"):
         graph.add_module("quantizers", nn.Module())
@@ -262,11 +274,15 @@ def _repeat_after_moves(graph: fx.GraphModule) -> None:
                 grids[call] = path
 
 
-def _wrap_layer(graph: fx.GraphModule, node: fx.Node, overrides: list[Override], recipe: Recipe) -> None:
+def _wrap_layer(
+    graph: fx.GraphModule, node: fx.Node, overrides: list[Override], recipe: Recipe, target: Target
+) -> None:  # fmt: skip
     """A QuantLayer around the layer; each call of a shared layer gets its own, around the same weights."""
     weights, bias = recipe.weights, recipe.bias
     for override in overrides:
         weights, bias = override.weights or weights, override.bias or bias
+    if weights is not None and op_of(node).name in target.tensor_weights:
+        weights = weights.model_copy(update={"granularity": "tensor", "group_size": None})
     module = graph.get_submodule(str(node.target))
     layer = module.layer if isinstance(module, QuantLayer) else module
     changes_bias = any(step.changes_bias for step in recipe.steps)

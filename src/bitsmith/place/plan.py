@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..capture.marks import Handwritten, Marks
 from ..capture.ops import Op, layer_of, op_of
@@ -110,6 +110,8 @@ class Planner:
                     plan.groups.append((kind, [*map(origin, operands(node)), *result]))
         if self.policy.everything:
             self._plan_outputs(plan)
+        if self.target.all_ranges:
+            self._plan_floats(plan)
         return plan
 
     def _plan_compute(self, plan: Plan, node: fx.Node, op: Op) -> None:
@@ -161,6 +163,17 @@ class Planner:
         op, strides = op_of(node), getattr(layer_of(node), "stride", (1,))
         wide = self.target.wide_bits is not None and op.role == "compute" and op.name in self.target.float_output
         return wide and all(step == 1 for step in strides)
+
+    def _plan_floats(self, plan: Plan) -> None:
+        """What float operators read and give, for devices that take the range of every tensor from the file."""
+        for node in self.graph.graph.nodes:
+            op = op_of(node)
+            if op.role != "float" or node.op not in ("call_function", "call_module") or op.name == "embedding":
+                continue
+            for value in (*map(origin, node.all_input_nodes), fused_end(node)):
+                held = value.meta.get("val")
+                if value.op != "get_attr" and isinstance(held, Tensor) and held.is_floating_point():
+                    plan.values.setdefault(value)
 
     def _plan_outputs(self, plan: Plan) -> None:
         output = next(node for node in self.graph.graph.nodes if node.op == "output")

@@ -2,7 +2,8 @@
 
 from ..errors import RecipeError
 from .max78000 import MAX78000, MAX78002
-from .target import ChipLimits, Target
+from .target import ChipLimits, Target, TidlDevice
+from .tidl import TIDL_TARGETS
 
 _COMPUTE = {"conv", "linear", "matmul"}
 _RESCALE = {"add", "mul", "cat", "avg_pool", "global_avg_pool", "sigmoid", "leaky_relu"}
@@ -69,6 +70,7 @@ _TARGETS = {
         ),
         MAX78000,
         MAX78002,
+        *TIDL_TARGETS,
     )
 }
 
@@ -91,4 +93,4 @@ def list_targets() -> list[Target]:
     return list(_TARGETS.values())
 
 
-__all__ = ["ChipLimits", "Target", "get_target", "list_targets"]
+__all__ = ["ChipLimits", "Target", "TidlDevice", "get_target", "list_targets"]

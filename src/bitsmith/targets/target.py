@@ -44,6 +44,28 @@ class ChipLimits(BaseModel):
         return self.processors * self.kernel_words * 9
 
 
+class TidlDevice(BaseModel):
+    """What a device asks of files for TI's TIDL import, beyond numbers.
+
+    ``po2``: scales are powers of two, without zero points, one for each tensor of weights. ``lookup_tables``:
+    sigmoid, tanh, GELU, softmax and ELU run, from tables. ``deconv_16bit``: transposed convolutions run with 16 bits
+    too. ``stride_3``: convolutions of 3 x 3 with stride 3 run. ``scale_type``: the compile option
+    ``quantization_scale_type``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    po2: bool
+    lookup_tables: bool = True
+    deconv_16bit: bool = True
+    stride_3: bool = True
+
+    @property
+    def scale_type(self) -> int:
+        """1: powers of two; 4: asymmetric with a weight scale per channel."""
+        return 1 if self.po2 else 4
+
+
 class Target(BaseModel):
     """What an exported model meets.
 
@@ -57,9 +79,10 @@ class Target(BaseModel):
     ``keeps_scale``: operators whose result has the scale of their operands. ``shifts``: results are scaled by powers
     of two alone, of these exponents, so that weight scales follow those of the activations. ``bias_unit``: a bias of
     1 in steps of the accumulator. ``average_rounding``: average pooling rounds, instead of cutting toward zero.
-    ``limits``: what fits into a chip.
-    ``per_tensor``: operators that run in integers only where their weights share
-    one scale.
+    ``limits``: what fits into a chip. ``per_tensor``: operators that run in integers only where their weights share
+    one scale; ``tensor_weights``: operators whose weights get one scale, whatever the recipe says.
+    ``granularities``: how fine weight scales may be. ``all_ranges``: every tensor needs a grid, outputs included.
+    ``same_signs``: both operands and the result of a matmul are signed. ``tidl``: files keep the rules of TI's import.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,14 +110,20 @@ class Target(BaseModel):
     wide_bits: int | None = None
     bias_unit: int = 1
     per_tensor: frozenset[str] = frozenset()
+    tensor_weights: frozenset[str] = frozenset()
+    granularities: tuple[Literal["tensor", "channel", "group"], ...] = ("tensor", "channel", "group")
+    all_ranges: bool = False
+    same_signs: bool = False
+    tidl: TidlDevice | None = None
     bias_bits: int = 32
     accumulator_bits: int = 32
     limits: ChipLimits | None = None
     notes: tuple[str, ...] = ()
 
     @field_serializer(
-        "integer_operators", "float_output", "float_on_codes", "keeps_scale", "per_tensor", when_used="json"
-    )
+        "integer_operators", "float_output", "float_on_codes", "keeps_scale", "per_tensor", "tensor_weights",
+        when_used="json",
+    )  # fmt: skip
     def _in_order(self, names: frozenset[str]) -> list[str]:
         """Sets in one order, so that the same model is saved as the same file."""
         return sorted(names)
@@ -130,6 +159,11 @@ class Target(BaseModel):
         if spec.scale not in self.scales:
             raise RecipeError(
                 f"target {self.name} takes scales {self.scales}, but the recipe's {role} have {spec.scale}"
+            )
+        if role == "weights" and spec.granularity not in self.granularities:
+            raise RecipeError(
+                f"target {self.name} takes weight scales per {' or '.join(self.granularities)}, but the recipe's are "
+                f"per {spec.granularity}; its own recipe is {self.default_recipe!r}"
             )
         if role == "activations" and self.symmetric_activations and not spec.symmetric:
             raise RecipeError(

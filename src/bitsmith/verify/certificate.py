@@ -50,6 +50,7 @@ class Certificate(BaseModel):
     float_bytes: int = Field(description="the float model's parameters")
     allowed_max_lsb: float
     allowed_mean_lsb: float | None = Field(default=None, description="of the mean over an output; None: no bound")
+    contract: list[str] = Field(default=[], description="what the target's import would refuse in the file")
     passed: bool
     verdict: str
 
@@ -62,6 +63,13 @@ class Certificate(BaseModel):
     def size_ratio(self) -> float:
         """File size against the float model's parameters."""
         return self.file_bytes / self.float_bytes if self.float_bytes else 0.0
+
+
+def judge_contract(contract: list[str], passed: bool, verdict: str) -> tuple[bool, str]:
+    """The verdict where the target's import has rules of its own that the file breaks."""
+    if not contract:
+        return passed, verdict
+    return False, f"{verdict}; the target's import would refuse the file: {'; '.join(contract[:3])}"
 
 
 def judge(

@@ -18,9 +18,10 @@ from ..capture.inputs import Arguments
 from ..errors import CheckpointError, VerificationError
 from ..files import atomic_write, write_text
 from ..model import QuantizedModel
-from .certificate import Certificate, OutputComparison, judge
+from ..targets import list_targets
+from .certificate import Certificate, OutputComparison, judge, judge_contract
 from .engines import engine_for, engine_of, open_verifiable
-from .verify import compare_output, file_digest, flat_inputs, input_names
+from .verify import check_contract, compare_output, file_digest, flat_inputs, input_names
 
 EVIDENCE = "evidence.safetensors"
 CERTIFICATE = "certificate.json"
@@ -73,9 +74,13 @@ def verify_folder(folder: str | Path) -> Certificate:
         outputs, recorded.float_operators, recorded.allowed_max_lsb == 0, recorded.allowed_max_lsb,
         math.inf if recorded.allowed_mean_lsb is None else recorded.allowed_mean_lsb,
     )  # fmt: skip
+    known_targets = {target.name: target for target in list_targets()}
+    contract = check_contract(known_targets[recorded.target], path) if recorded.target in known_targets else []
+    passed, verdict = judge_contract(contract, passed, verdict)
     return recorded.model_copy(
         update={
             "outputs": outputs,
+            "contract": contract,
             "passed": passed,
             "verdict": verdict,
             "samples": _samples(outputs, tensors),

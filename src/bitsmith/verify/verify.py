@@ -17,7 +17,8 @@ from ..capture.ops import op_of, quantizer_of
 from ..errors import VerificationError
 from ..grid import FloatFormat, IntFormat
 from ..model import QuantizedModel
-from .certificate import Certificate, OutputComparison, judge
+from ..targets import Target
+from .certificate import Certificate, OutputComparison, judge, judge_contract
 from .engines import Engine, EngineName, companion_files, engine_for, engine_of, open_verifiable
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def certify(
     if max_lsb is not None:
         bounds = Bounds(max_lsb, max_lsb)
     passed, verdict = judge(outputs, floats or list(runtime.float_compute_kernels), exact, bounds.largest, bounds.mean)
+    contract = check_contract(q.target, path)
+    passed, verdict = judge_contract(contract, passed, verdict)
     return Certificate(
         file=path.name, sha256=file_digest(path), companions=companion_digests(path, runtime.name),
         engine=runtime.name, engine_version=runtime.version,
@@ -92,8 +95,17 @@ def certify(
         coverage=q.report.coverage.fraction, integer_kernels=runtime.integer_kernels,
         float_compute_kernels=runtime.float_compute_kernels, float_operators=floats,
         file_bytes=file_bytes(path), float_bytes=float_bytes(q), allowed_max_lsb=bounds.largest,
-        allowed_mean_lsb=bounds.mean, passed=passed, verdict=verdict,
+        allowed_mean_lsb=bounds.mean, contract=contract, passed=passed, verdict=verdict,
     )  # fmt: skip
+
+
+def check_contract(target: Target, path: Path) -> list[str]:
+    """What the target's own import would refuse in an ONNX file."""
+    if target.tidl is None or path.suffix != ".onnx":
+        return []
+    from ..targets.tidl_contract import check_tidl
+
+    return check_tidl(path, target.tidl)
 
 
 def _bounds(q: QuantizedModel, runtime: Engine) -> Bounds:
