@@ -169,7 +169,7 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     ends = bits_recipe(8, 8)
     few = weight_bits < 4 or activation_bits <= 4
     overrides = [Override(match=end, weights=ends.weights, activations=ends.activations) for end in ("first", "last")]
-    gptq = Gptq(asymmetric=True, scales=16 if weight_bits < 4 else 1)
+    gptq = Gptq(asymmetric=True, scales=16 if weight_bits <= 4 else 1)
     learning = (Reconstruct(drop=0.0),) if effort == "best" else ()
     recipe = bits_recipe(
         weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
