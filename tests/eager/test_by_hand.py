@@ -78,7 +78,7 @@ def test_a_model_by_hand_is_a_quantized_model_like_any_other(tmp_path: Path) -> 
     assert sqnr(net(x), q(x)) > 25
     assert q.report.coverage.fraction == 1.0
     assert q.report.placement == "by hand"
-    assert any("not done: bias_correction" in note for note in q.report.notes)
+    assert any("not done: reestimate_batch_norm" in note for note in q.report.notes)
     path = bs.export_onnx(q, tmp_path / "net.onnx")
     certificate = bs.verify(q, path, x)
     assert certificate.passed

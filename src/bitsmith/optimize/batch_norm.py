@@ -31,7 +31,7 @@ class ChannelMoments(ChannelMean):
         """Add one chunk."""
         super().update(x)
         dims = [d for d in range(x.ndim) if d != self.axis % x.ndim]
-        squares = x.double().square().sum(dims)
+        squares = torch.linalg.vector_norm(x, dim=dims).double().square()
         self.squares = squares if self.squares is None else self.squares + squares
 
     @property
