@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .deployment import deploy
+    from .doctor import doctor
     from .dynamic import DynamicModel, quantize_dynamic
     from .eager import DeQuantStub, FloatFunctional, QuantStub, convert, fuse_modules, prepare
     from .errors import BitsmithError
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Target": "targets",
     "convert": "eager",
     "deploy": "deployment",
+    "doctor": "doctor",
     "export_ai8x": "export",
     "export_onnx": "export",
     "export_pt2": "export",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..capture import evaluation_mode
+from ..capture.inputs import batch_arguments
 from ..errors import ExportError
 from ..files import atomic_write
 from ..model import QuantizedModel
@@ -114,6 +116,23 @@ def export_pt2(q: QuantizedModel | DynamicModel, path: str | Path) -> Path:
             program = torch.export.export(_Simulation(q), args, dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch raises many types here
         raise ExportError(f"torch.export cannot follow the quantized model: {error}") from error
+    with atomic_write(path) as temporary:
+        torch.export.save(program, str(temporary))
+    return Path(path)
+
+
+def save_float_pt2(model: nn.Module, example_inputs: Any, path: str | Path) -> Path:
+    """Write a float model as a ``.pt2`` file, its first dimension free where its code allows it.
+
+    ``example_inputs`` is one batch, as for calibration. Raises ExportError where torch.export refuses the model.
+    """
+    args, kwargs = batch_arguments(model, example_inputs)
+    shapes = torch.utils._pytree.tree_map_only(Tensor, lambda t: {0: torch.export.Dim.AUTO} if t.ndim else None, args)
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=None if kwargs else shapes, strict=False)
+        except Exception as error:  # torch raises many types here
+            raise ExportError(f"torch.export cannot follow {type(model).__name__}: {error}") from error
     with atomic_write(path) as temporary:
         torch.export.save(program, str(temporary))
     return Path(path)
