@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -70,26 +71,33 @@ def loaded(path: Path, kernels: str, *, frozen: bool) -> nn.Module:
     return torch.jit.freeze(file) if frozen else file
 
 
-def entries(name: str, folder: Path, batch: int) -> tuple[dict[str, Run], dict[str, str]]:
-    """What is measured for one network, and which entry of torch.ao's each of ours is held against."""
+def prepared(name: str, folder: Path) -> Callable[[], tuple[dict[str, Callable[..., object]], dict[str, str]]]:
+    """Quantizes one network once; what it returns packs everything anew, since oneDNN keeps the first shape's kernels.
+
+    That gives what is measured, and which entry of torch.ao's each of ours is held against.
+    """
     net, calibration, _, _ = load(name)
     samples = [x[:8] for x, _ in calibration][:2]
     q = bs.quantize(net, samples, target="torch")
     path = bs.export_torchscript(q, folder / f"{name}.pt")
-    models: dict[str, Callable[..., object]] = {"float eager": net, "engine torch": bs.deploy(q, "torch")}
-    against = {}
-    for kernels in ("x86", "onednn"):
-        theirs = torch_ao(net, samples, kernels)
-        models[f"torch.ao eager {kernels}"] = theirs
-        torch.jit.save(torch.jit.script(theirs), str(folder / f"{name}-ao.pt"))
-        for frozen in (False, True):
-            kind = f"{kernels}{' frozen' if frozen else ''}"
-            models[f"torch.ao file {kind}"] = loaded(folder / f"{name}-ao.pt", kernels, frozen=frozen)
-            models[f"our file {kind}"] = loaded(path, kernels, frozen=frozen)
-            against[f"our file {kind}"] = f"torch.ao file {kind}"
-    against["engine torch"] = "torch.ao eager x86"
-    x = torch.randn(batch, 3, 224, 224)
-    return {label: (lambda model=model: model(x)) for label, model in models.items()}, against
+    theirs = {kernels: torch_ao(net, samples, kernels) for kernels in ("x86", "onednn")}
+    for kernels, model in theirs.items():
+        torch.backends.quantized.engine = kernels
+        torch.jit.save(torch.jit.script(model), str(folder / f"{name}-{kernels}.pt"))
+    torch.backends.quantized.engine = "x86"
+
+    def entries() -> tuple[dict[str, Callable[..., object]], dict[str, str]]:
+        models: dict[str, Callable[..., object]] = {"float eager": net, "engine torch": bs.deploy(q, "torch")}
+        against = {"engine torch": "torch.ao eager x86"}
+        for kernels, model in theirs.items():
+            models[f"torch.ao eager {kernels}"] = model
+            for kind, frozen in ((kernels, False), (f"{kernels} frozen", True)):
+                models[f"torch.ao file {kind}"] = loaded(folder / f"{name}-{kernels}.pt", kernels, frozen=frozen)
+                models[f"our file {kind}"] = loaded(path, kernels, frozen=frozen)
+                against[f"our file {kind}"] = f"torch.ao file {kind}"
+        return models, against
+
+    return entries
 
 
 def speed(nets: list[str], batches: list[int], threads: int, rounds: int, seconds: float) -> list[Row]:
@@ -98,9 +106,12 @@ def speed(nets: list[str], batches: list[int], threads: int, rounds: int, second
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name in nets:
+            entries = prepared(name, Path(folder))
             for batch in batches:
-                runs, against = entries(name, Path(folder), batch)
-                visits = dict(zip(runs, interleave(list(runs.values()), rounds, seconds, warm=4)))
+                x = torch.randn(batch, 3, 224, 224)
+                models, against = entries()
+                runs: list[Run] = [partial(model, x) for model in models.values()]
+                visits = dict(zip(models, interleave(runs, rounds, seconds, warm=4)))
                 for label, times in visits.items():
                     baseline = against.get(label, "")
                     other = median(b / v for b, v in zip(visits[baseline], times)) if baseline else None

@@ -64,7 +64,7 @@ def test_linear(zeros):
         output = grid(float((exact * (source.scale * scale)).abs().max()) / 200, zeros[1])
         layer, parameters = torch.nn.Linear(256, 100), LayerCodes(weight, scale, bias)
         kernel = QuantizedLinear(layer, parameters, Stored.of(output))(as_quantized(stored, source))
-        law = torch_laws.linear(source, scale, bias, output, torch.float32)(exact.float())
+        law = torch_laws.fbgemm(source, scale, bias, output, torch.float32)(exact.float())
         assert torch.equal(kernel.int_repr().float() - zeros[1], law)
         plain = PlainLayer(layer, parameters, Stored.of(source), None)(as_quantized(stored, source))
         float_law = torch_laws.convolution(source, scale, bias, None, torch.float32)(exact.float())

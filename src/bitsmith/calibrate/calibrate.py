@@ -13,6 +13,7 @@ from ..capture.inputs import Arguments, sample_count, tensors_of
 from ..capture.ops import module_of
 from ..errors import CalibrationError, NonFiniteError
 from ..grid.spec import RangeRule
+from ..integer.pairs import raised_for_pairs
 from ..place.layers import QuantLayer
 from ..place.macs import elements_of
 from ..place.place import Placed
@@ -33,7 +34,7 @@ def calibrate(
     resume: Path | None = None,
 ) -> WalkLog:  # fmt: skip
     """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
-    set_weight_grids(placed)
+    set_weight_grids(placed, target)
     chunks = rechunk(graph, batches)
     return Walk(
         graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples,
@@ -41,8 +42,9 @@ def calibrate(
     ).run()  # fmt: skip
 
 
-def set_weight_grids(placed: Placed) -> None:
+def set_weight_grids(placed: Placed, target: Target) -> None:
     """The grid of every weight, from the weights alone."""
+    raised: list[float] = []
     for node in placed.layers:
         layer = module_of(node)
         if not isinstance(layer, QuantLayer) or layer.weight_quantizer is None:
@@ -55,7 +57,15 @@ def set_weight_grids(placed: Placed) -> None:
             grid = weight_grid(layer.weight.detach(), spec, axis)
         except (NonFiniteError, CalibrationError) as error:
             raise type(error)(f"weight of {layer_name(node)!r}: {error}") from error
+        if target.law == "torch":
+            found, grid = grid, raised_for_pairs(layer.layer, layer.weight, grid, power_of_two=spec.scale == "po2")
+            raised += [] if grid is found else [float((grid.scale / found.scale).max())]
         layer.weight_quantizer.set_grid(grid)
+    if raised:
+        placed.notes.append(
+            f"weight scales raised in {len(raised)} depthwise layers, by a factor of {max(raised):.3g} at most: torch's "
+            "kernels for more than 100 groups add products in pairs, in 16 bits, which must not saturate"
+        )
 
 
 def rechunk(graph: fx.GraphModule, batches: list[Arguments]) -> list[Arguments]:

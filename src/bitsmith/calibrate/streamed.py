@@ -43,7 +43,7 @@ def calibrate_streamed(
     The result is that of ``calibrate`` on all samples: the walk's quantized stream follows the leading ones only,
     and its ranges are those of the same statistics.
     """
-    set_weight_grids(placed)
+    set_weight_grids(placed, target)
     walk = _StreamedWalk(graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples, steps=steps)
     walk.watchers = watchers
     log = walk.run()

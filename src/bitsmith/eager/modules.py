@@ -226,7 +226,7 @@ def graph_by_hand(
         grid = grid_of(name, watcher, any(q.non_negative for q in quantizers))
         for quantizer in (watcher, *quantizers):
             quantizer.set_grid(grid)
-    set_weight_grids(placed)
+    set_weight_grids(placed, target)
     for node in placed.layers:
         layer = module_of(node)
         if isinstance(layer, QuantLayer):

@@ -168,8 +168,7 @@ class _Builder(GraphCopy):
         transposed = isinstance(geometry, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         if transposed and (codes.per_channel or output is None or self.portable):
             return None  # a file's process would pack it for oneDNN, whose transposed kernels err (torch 2.13)
-        fbgemm_in_files = not isinstance(geometry, nn.Linear) and geometry.groups > k.ONEDNN_GROUPS
-        if output is None or (self.portable and fbgemm_in_files):
+        if output is None or (self.portable and k.is_for_onednn_alone(geometry, codes)):
             module = QuantizedOnBytes(geometry, codes, source, output, relu=relu)
         elif isinstance(geometry, nn.Linear):
             module = k.QuantizedLinear(geometry, codes, output, relu=relu)

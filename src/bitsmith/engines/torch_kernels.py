@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from ..grid import Grid, IntFormat
 from ..integer.laws import AveragePool, zero_point
-
-ONEDNN_GROUPS = 100  # torch packs convolutions of more groups for FBGEMM
+from ..integer.pairs import ONEDNN_GROUPS, is_exact_in_pairs
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ class QuantizedConv(nn.Module):
         if self.transposed:
             geometry.append(list(layer.output_padding))
         name = f"conv{'_transpose' if self.transposed else ''}{self.rank}d"
-        with packing("fbgemm" if self.transposed else "onednn"):  # torch 2.13's transposed oneDNN kernels err
+        for_fbgemm = self.transposed or is_exact_in_pairs(layer, codes.weight)  # 2.13's transposed oneDNN kernels err
+        with packing("fbgemm" if for_fbgemm else "onednn"):
             prepack = getattr(torch.ops.quantized, f"{name}_prepack")
             self.packed = prepack(codes.tensor(), codes.bias, *geometry, list(layer.dilation), layer.groups)
         self.kernel = getattr(torch.ops.quantized, name + ("_relu" if relu and not self.transposed else ""))
@@ -256,6 +256,12 @@ class Pointwise(nn.Module):
     def extra_repr(self) -> str:
         """The function and the output's grid."""
         return f"{self.name}, {self.output}"
+
+
+def is_for_onednn_alone(layer: Any, codes: LayerCodes) -> bool:
+    """Whether a process that loads a file packs a layer for FBGEMM, where it would saturate or be slow."""
+    many = not isinstance(layer, nn.Linear) and layer.groups > ONEDNN_GROUPS
+    return many and not is_exact_in_pairs(layer, codes.weight)
 
 
 def describe_conv(layer: Any) -> str:

@@ -1,7 +1,7 @@
 """How integer results reach their output grid in PyTorch's int8 CPU kernels on x86-64.
 
-Convolutions and layers with float results follow oneDNN, linear layers and transposed convolutions FBGEMM, the rest
-ATen's own vectorized code; found by holding every order of operations against the kernels on tensors full of ties,
+Convolutions and layers with float results follow oneDNN; linear layers, transposed convolutions and the depthwise ones
+of ``pairs`` FBGEMM; the rest ATen's own vectorized code; found by holding every order of operations against the kernels on tensors full of ties,
 and repeated by ``tests/integer``. Codes are centred, as in ``laws``. ``fma`` is a multiplication and an addition with
 one rounding.
 """
@@ -29,6 +29,7 @@ from .accumulate import (
     to_float32,
 )
 from .kernels import Kernel, Run, average_pool_geometry, centred_weight
+from .pairs import is_exact_in_pairs
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
@@ -120,8 +121,9 @@ def _layer(node: fx.Node, source: Grid, output: Grid | None, carrier: Carrier) -
     bias = layer.quantized_parameters().get("bias")
     code_dtype = torch.float32 if carrier == "float" else torch.int32
     scale, bias = scale.view(shape) if scale.ndim else scale, None if bias is None else bias.detach().view(shape)
-    if (transposed or isinstance(layer.layer, nn.Linear)) and output is not None:
-        finish = linear(source, scale, bias, output, code_dtype)
+    for_fbgemm = transposed or isinstance(layer.layer, nn.Linear) or is_exact_in_pairs(layer.layer, codes)
+    if for_fbgemm and output is not None:
+        finish = fbgemm(source, scale, bias, output, code_dtype)
     else:
         finish = convolution(source, scale, bias, output, code_dtype)
     function, (source_node,) = layer_function(layer.layer), operands(node)
@@ -152,7 +154,7 @@ def convolution(
     return finish
 
 
-def linear(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid, carrier: torch.dtype) -> Finish:
+def fbgemm(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid, carrier: torch.dtype) -> Finish:
     """FBGEMM: rint((float32(acc) + bias / s) * float32(s / s_y)) with s = s_x * s_w."""
     scale = source.scale * weights
 
