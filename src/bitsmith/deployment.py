@@ -28,7 +28,8 @@ class Deployed:
     """A model loaded into a runtime. Takes and returns tensors; ``engine`` says what runs it.
 
     ``module`` is there for engine ``torch``: the quantized layers, as they print. ``timings`` is there for engine
-    ``auto``: what each engine took. Engines of files see detached copies of the inputs.
+    ``auto``: what each engine took. ``note`` says where the engine rounds otherwise than the simulation. Engines of
+    files see detached copies of the inputs.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Deployed:
         self.model = model
         self.module = module
         self.timings: dict[str, Latency] = {}
+        self.note = "" if model is None else _rounding(model, engine.name)
         self._folder = folder  # holds the file for as long as the runtime may read it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +76,8 @@ class Deployed:
 
     def __repr__(self) -> str:
         text = f"Deployed({self.engine.name} {self.engine.version}, inputs={self.engine.inputs})"
+        if self.note:
+            text += f"\nnote: {self.note}"
         if self.timings:
             text += "\nfastest of " + ", ".join(f"{n} {t.median_ms:.3g} ms" for n, t in self.timings.items())
         if self.module is not None:
@@ -168,6 +172,16 @@ def _fastest(q: QuantizedModel, threads: int | None, inputs: Any) -> Deployed:
     best = candidates[min(timings, key=lambda name: timings[name].median_ms)]
     best.timings = timings
     return best
+
+
+def _rounding(q: QuantizedModel, engine: str) -> str:
+    """What to know of a model that an engine runs by other rounding than that it was simulated with."""
+    if engine == q.target.engine:
+        return ""
+    return (
+        f"simulated for target {q.target.name!r}; engine {engine!r} rounds otherwise, so that some codes differ from "
+        "the simulation's by a step: quantize for the target that is going to run the model"
+    )
 
 
 def _needs_clip(q: QuantizedModel) -> bool:

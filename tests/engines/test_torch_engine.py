@@ -65,6 +65,7 @@ def test_engine_simulation_and_integer_executor_agree_to_the_bit(quantized):
     deployed = bs.deploy(q, "torch")
     for rows in (1, 3, 8):
         assert torch.equal(deployed(x[:rows]), q(x[:rows]))
+    assert deployed.note == ""
     assert torch.equal(q.integer_executor()(x), q(x))
 
 
@@ -203,7 +204,9 @@ def test_models_of_other_targets_run_too(target):
     torch.manual_seed(0)
     x = torch.randn(8, 3, 16, 16)
     q = bs.quantize(Net().eval(), [x], target=target)
-    assert (bs.deploy(q, "torch")(x) - q(x)).abs().max() < 0.05 * q(x).abs().max()
+    deployed = bs.deploy(q, "torch")
+    assert (deployed(x) - q(x)).abs().max() < 0.05 * q(x).abs().max()
+    assert f"note: simulated for target '{target}'" in repr(deployed)
 
 
 def test_small_floats_have_no_int8_kernel(tmp_path):

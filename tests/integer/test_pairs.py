@@ -33,8 +33,8 @@ def sums(layer, codes, stored):
 @pytest.mark.parametrize(
     "layer",
     [
-        depthwise(3), depthwise(5), depthwise(3, stride=2), depthwise(3, padding=0), depthwise(3, padding=2, dilation=2),
-        depthwise(4, padding=1), depthwise(3, stride=(1, 2)), depthwise(3, groups=132),
+        depthwise(3), depthwise(5), depthwise(3, stride=2), depthwise(3, stride=(1, 2)), depthwise(3, padding=0),
+        depthwise(3, padding=2, dilation=2), depthwise(4, padding=1), depthwise(3, groups=132),
     ],
     ids=str,
 )  # fmt: skip

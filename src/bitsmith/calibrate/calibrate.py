@@ -63,8 +63,8 @@ def set_weight_grids(placed: Placed, target: Target) -> None:
         layer.weight_quantizer.set_grid(grid)
     if raised:
         placed.notes.append(
-            f"weight scales raised in {len(raised)} depthwise layers, by a factor of {max(raised):.3g} at most: torch's "
-            "kernels for more than 100 groups add products in pairs, in 16 bits, which must not saturate"
+            f"weight scales raised in {len(raised)} depthwise layers, {max(raised):.3g} times at most: torch's kernels "
+            "for more than 100 groups add products in pairs, in 16 bits, which must not saturate"
         )
 
 

@@ -2,9 +2,10 @@
 
 ``torch.ops.quantized.*`` on quantized tensors, packed for oneDNN, are what runs: the same oneDNN kernels exist on
 plain uint8 tensors (``torch.ops.onednn.*``), but set up their primitive at every call, some 8 microseconds each, a
-third of MobileNetV2's time (``benchmarks/torch_engine.py kernels``). The plain ones are taken where the others have
-no form: layers with float results, and convolutions of more than 100 groups in a file, since a process that loads
-the file packs those for FBGEMM, whose depthwise kernels saturate sums of two products in 16 bits.
+third of MobileNetV2's time (``benchmarks/torch_engine.py kernels``), and the only way from quantized tensors to plain
+ones that a file knows, ``int_repr``, copies byte by byte. The plain ones are taken where the others have no form:
+layers with float results, and in a file convolutions of more than 100 groups that a process that loads it would pack
+for FBGEMM to compute something else (``integer/pairs.py``).
 """
 
 from __future__ import annotations

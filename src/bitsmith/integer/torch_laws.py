@@ -1,9 +1,9 @@
 """How integer results reach their output grid in PyTorch's int8 CPU kernels on x86-64.
 
 Convolutions and layers with float results follow oneDNN; linear layers, transposed convolutions and the depthwise ones
-of ``pairs`` FBGEMM; the rest ATen's own vectorized code; found by holding every order of operations against the kernels on tensors full of ties,
-and repeated by ``tests/integer``. Codes are centred, as in ``laws``. ``fma`` is a multiplication and an addition with
-one rounding.
+of ``pairs`` FBGEMM; the rest ATen's own vectorized code. Found by holding every order of operations against the
+kernels on tensors full of ties, and repeated by ``tests/integer``. Codes are centred, as in ``laws``. ``fma`` is a
+multiplication and an addition with one rounding.
 """
 
 from __future__ import annotations
