@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import time
@@ -18,7 +17,7 @@ from torch import fx, nn
 from .calibrate import calibrate, parse_memory
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
-from .capture import ForwardFunction, capture, evaluation_mode, read_batches
+from .capture import ForwardFunction, capture, copy_graph, evaluation_mode, read_batches
 from .capture.inputs import Arguments, first_samples
 from .errors import CaptureError, CollapseError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
@@ -109,7 +108,7 @@ def quantize(
 
 def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
     """Signal to noise at the outputs of a graph, in dB, from a short walk with a copy of it."""
-    trial = copy.deepcopy(graph)
+    trial = copy_graph(graph)
     steps = tuple(step for step in recipe.steps if step.stage == "bias")
     placed = place(trial, recipe, target)
     few = [first_samples(batches[0], _TRIAL_SAMPLES)]

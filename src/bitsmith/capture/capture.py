@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,6 +26,13 @@ _TOLERANCE = 0.05  # of the largest value
 
 # Wrappers that only hold the user's model -> the attribute that holds it.
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy; without the warning about its own internals that torch gives users here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(graph)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx, nn
 
-from ..capture import capture, evaluation_mode
+from ..capture import capture, copy_graph, evaluation_mode
 from ..capture.inputs import Arguments, sample_count
 from ..capture.ops import op_of
 from ..errors import CaptureError
@@ -109,7 +108,7 @@ class Subject:
     @cached_property
     def folded(self) -> fx.GraphModule:
         """A copy of the graph with its batch norms folded."""
-        graph = copy.deepcopy(self.graph)
+        graph = copy_graph(self.graph)
         with torch.no_grad():
             fold_batch_norm(graph)
         return graph

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..capture import copy_graph
 from ..capture.inputs import Arguments
 from ..recipe import Recipe
 from .equalize import equalize
@@ -40,7 +40,7 @@ def prepare(
             notes += fold_batch_norm(graph)
         elif step.name in _REWRITES:
             before = judge(graph) if before is None else before
-            candidate = copy.deepcopy(graph)
+            candidate = copy_graph(graph)
             with torch.no_grad():
                 note = _REWRITES[step.name](candidate, batches, step, recipe)
             after = judge(candidate)
