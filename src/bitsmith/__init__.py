@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import BitsmithError
     from .export import export_ai8x, export_onnx, export_pt2, export_tidl, export_torchscript
     from .flow import quantize
+    from .migrate import migrate
     from .model import QuantizedModel
     from .recipe import Override, Recipe, load_recipe
     from .storage import load, save
@@ -50,6 +51,7 @@ _PUBLIC = {
     "list_targets": "targets",
     "load": "storage",
     "load_recipe": "recipe",
+    "migrate": "migrate",
     "prepare": "eager",
     "quantize": "flow",
     "quantize_dynamic": "dynamic",

@@ -60,3 +60,7 @@ class OutputError(BitsmithError):
 
 class MissingExtraError(BitsmithError):
     """An optional package is needed; the message names the ``pip install`` that brings it."""
+
+
+class MigrationError(BitsmithError):
+    """A model quantized with another tool holds something that has no form here."""

@@ -23,12 +23,13 @@ from .errors import CheckpointError
 from .files import atomic_write, prepare_output_dir, write_text
 from .flow import channels_last
 from .grid import Format, Grid, Quantizer
+from .migrate.static import MIGRATED, converted, place_migrated
 from .model import QuantizedModel
 from .place.layers import QuantLayer
 from .place.place import Placed, place
 from .prepare import fold_batch_norm
 from .prepare.structure import rebuild
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .report.model import Report
 from .targets import Target
 
@@ -75,7 +76,8 @@ def save(q: QuantizedModel | DynamicModel, folder: str | Path) -> Path:
 def load(
     folder: str | Path, model: nn.Module, *, mapping: Mapping[type[nn.Module], LayerMapping] | None = None
 ) -> QuantizedModel | DynamicModel:
-    """The quantized model saved in ``folder``; ``model`` is the float model it came from, and gives the structure.
+    """The quantized model saved in ``folder``; ``model`` is the model it came from (the float one, or what
+    ``migrate`` was given), and gives the structure.
 
     Its weights come from the folder; ``mapping`` is what ``bitsmith.prepare`` was given. Raises CheckpointError where a
     file is missing or damaged, or where the model's structure is not the one that was saved.
@@ -102,21 +104,29 @@ def load(
         return restore(model, recipe, target, report, state, folder)
     with evaluation_mode(model):
         example = _example_inputs(manifest)
-        module = structure(model, recipe, example, mapping)
-        if report.placement == BY_HAND:
-            module = assigned(module, recipe)
-        graph = capture(module, example)
-    if report.placement == BY_HAND:
-        keep_to_marks(graph)
-    if recipe.step("fold_batch_norm"):
-        fold_batch_norm(graph)
-    rebuild(graph, manifest.get("structure", []))
-    placed = place(graph, recipe, target)
+        if report.placement == MIGRATED:
+            graph, placed = place_migrated(converted(model), example, recipe, target)
+        else:
+            graph, placed = _placed(model, example, manifest, recipe, target, report, mapping)
     _restore(graph, placed, manifest, state, folder)
     channels_last(graph)
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
     return QuantizedModel(graph, recipe, target, report, inspect.signature(model.forward))
+
+
+def _placed(
+    model: nn.Module, example: Arguments, manifest: dict[str, Any], recipe: Recipe, target: Target, report: Report,
+    mapping: Mapping[type[nn.Module], LayerMapping] | None,
+) -> tuple[fx.GraphModule, Placed]:  # fmt: skip
+    module = structure(model, recipe, example, mapping)
+    graph = capture(assigned(module, recipe) if report.placement == BY_HAND else module, example)
+    if report.placement == BY_HAND:
+        keep_to_marks(graph)
+    if recipe.step("fold_batch_norm"):
+        fold_batch_norm(graph)
+    rebuild(graph, manifest.get("structure", []))
+    return graph, place(graph, recipe, target)
 
 
 def _quantizers(graph: fx.GraphModule) -> list[tuple[str, Quantizer]]:

@@ -29,8 +29,11 @@ def state_of(q: DynamicModel) -> dict[str, Tensor]:
 def restore(
     model: nn.Module, recipe: Recipe, target: Target, report: Report, state: dict[str, Tensor], folder: Path
 ) -> DynamicModel:
-    """The saved model; ``model``, the float model, gives the structure and nothing else."""
-    q = quantize_dynamic(model, recipe, target)
+    """The saved model; ``model``, the float model (or torch.ao's), gives the structure and nothing else."""
+    from ..migrate.dynamic import migrate_dynamic  # builds on this package
+    from ..migrate.names import is_torch_ao
+
+    q = migrate_dynamic(model, target) if is_torch_ao(model) else quantize_dynamic(model, recipe, target)
     own: dict[str, Any] = state_of(q)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     other = sorted(

@@ -255,7 +255,7 @@ def convert_calibrated(model: nn.Module, example: Arguments, recipe: Recipe | No
                 f"{name.rpartition('.')[0] or 'the model'!r} has no grid yet: run first "
                 "bitsmith.nn.calibrate(model, batches)"
             )
-        return _stored(quantizer.grid, unsigned=target.unsigned_codes)
+        return stored_grid(quantizer.grid, unsigned=target.unsigned_codes)
 
     known = [m.assigned for m in model.modules() if isinstance(m, QuantModule) and m.assigned is not None]
     recipe = recipe or (known[0] if known else load_recipe("int8"))
@@ -266,7 +266,7 @@ def convert_calibrated(model: nn.Module, example: Arguments, recipe: Recipe | No
     )
 
 
-def _stored(grid: Grid, *, unsigned: bool) -> Grid:
+def stored_grid(grid: Grid, *, unsigned: bool) -> Grid:
     """The same real numbers with the codes that a target stores."""
     fmt = grid.format
     if not unsigned or not isinstance(fmt, IntFormat) or not fmt.signed:

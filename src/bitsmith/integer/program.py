@@ -139,7 +139,8 @@ class Program:
 
     def _runs_in_integers(self, source: fx.Node, coded: dict[fx.Node, Grid], *outputs: Grid) -> bool:
         op = op_of(source)
-        if op.role not in ("compute", "rescale") or not _is_integer_layer(source):
+        float_bias = self.target.law == "torch"  # which its kernels add
+        if op.role not in ("compute", "rescale") or not _is_integer_layer(source, float_bias=float_bias):
             return False
         inputs = [coded.get(node) for node in operands(source)]
         layer = module_of(source)
@@ -261,15 +262,15 @@ class Program:
             step.last_use_of = (*step.last_use_of, node)
 
 
-def _is_integer_layer(node: fx.Node) -> bool:
-    """Whether weight and bias of a layer are integers (true for what has none)."""
+def _is_integer_layer(node: fx.Node, *, float_bias: bool = False) -> bool:
+    """Whether the weight of a layer, and its bias unless that may be float, are integers (true for what has none)."""
     if node.op != "call_module":
         return True
     layer = module_of(node)
     if not isinstance(layer, QuantLayer) or layer.weight_quantizer is None:
         return False
     grid = layer.weight_quantizer.grid
-    has_integer_bias = layer.bias is None or layer.bias_quantizer is not None
+    has_integer_bias = float_bias or layer.bias is None or layer.bias_quantizer is not None
     return grid is not None and isinstance(grid.format, IntFormat) and grid.group_size is None and has_integer_bias
 
 
