@@ -23,7 +23,8 @@ from .errors import CheckpointError
 from .files import atomic_write, prepare_output_dir, write_text
 from .flow import channels_last
 from .grid import Format, Grid, Quantizer
-from .migrate.static import MIGRATED, converted, place_migrated
+from .migrate.layers import converted
+from .migrate.static import MIGRATED, place_migrated
 from .model import QuantizedModel
 from .place.layers import QuantLayer
 from .place.place import Placed, place

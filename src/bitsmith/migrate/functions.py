@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .. import nn as bnn
 from ..errors import MigrationError
 from ..grid import Grid
-from .pieces import Dequantize, Function, conv, grid_of, linear, on_grid, quantize_to, weighted
+from .pieces import CONVOLUTIONS, Dequantize, Function, conv, grid_of, linear, on_grid, quantize_to, weighted
 
 
 def _add_relu(a: Tensor, b: Tensor) -> Tensor:
@@ -116,21 +115,22 @@ def _quantized(graph: fx.GraphModule, node: fx.Node, name: str) -> None:
 
 
 _SCALAR = (
-    "torch.ao finds the grid of a product or sum with a number when it runs; write the number into the layer before (its "
-    "weight or bias), or quantize the float model with bitsmith.quantize"
+    "torch.ao finds the grid of a product or sum with a number when it runs; write the number into the layer before "
+    "(its weight or bias), or quantize the float model with bitsmith.quantize"
 )
 
 
 def _packed_conv(rank: int, packed: Any, output: Grid | None, activation: nn.Module | None, where: str) -> nn.Module:
     weight, bias = packed.unpack()
-    sizes = (list(part()) for part in (packed.stride, packed.padding, packed.dilation))
-    layer = conv(getattr(nn, f"Conv{rank}d"), weight, *sizes, packed.groups())
-    kind = getattr(bnn, f"QuantConv{rank}d")
-    return weighted(kind, layer, weight, bias, where, output=output, activation=activation)
+    stride, padding, dilation = (list(part()) for part in (packed.stride, packed.padding, packed.dilation))
+    kind = getattr(nn, f"Conv{rank}d")
+    layer = conv(kind, weight, stride, padding, dilation, packed.groups())
+    return weighted(CONVOLUTIONS[kind], layer, weight, bias, where, output=output, activation=activation)
 
 
 def _packed_linear(packed: Any, output: Grid | None, activation: nn.Module | None, where: str) -> nn.Module:
-    return linear(*packed.unpack(), output, activation, where)
+    weight, bias = packed.unpack()
+    return linear(weight, bias, output, activation, where)
 
 
 _LAYERS: dict[str, Callable[..., nn.Module]] = {

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import nn as bnn
 from ..errors import MigrationError
 from ..grid import Grid
 from .functions import convert_functions
 from .names import quantized_modules
-from .pieces import Dequantize, Functional, conv, grid_of, linear, on_grid, quantize_to, watcher, weighted
+from .pieces import CONVOLUTIONS, Dequantize, Functional, conv, grid_of, linear, on_grid, quantize_to, watcher, weighted
 
 Convert = Callable[[Any, str], nn.Module]
 
@@ -26,15 +25,15 @@ def output_grid(module: Any) -> Grid:
 
 
 def _conv(rank: int, transposed: bool, activation: type[nn.Module] | None, module: Any, where: str) -> nn.Module:
-    name = f"Conv{'Transpose' * transposed}{rank}d"
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{rank}d")
     weight, bias = module.weight(), module.bias()
     more: dict[str, Any] = {"output_padding": module.output_padding} if transposed else {}
     layer = conv(
-        getattr(nn, name), weight, module.stride, module.padding, module.dilation, module.groups,
+        kind, weight, module.stride, module.padding, module.dilation, module.groups,
         padding_mode=module.padding_mode, **more,
     )  # fmt: skip
     return weighted(
-        getattr(bnn, f"Quant{name}"), layer, weight, bias, where, output=output_grid(module),
+        CONVOLUTIONS[kind], layer, weight, bias, where, output=output_grid(module),
         activation=activation() if activation else None,
     )  # fmt: skip
 
@@ -131,4 +130,3 @@ def converted(model: nn.Module) -> nn.Module:
     if isinstance(copied, torch.fx.GraphModule):
         convert_functions(copied)
     return copied.eval().requires_grad_(False)
-

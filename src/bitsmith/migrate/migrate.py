@@ -53,6 +53,10 @@ def migrate(
     example = batch_arguments(model, example_inputs)
     try:
         q = migrate_static(model, example, target)
+    except DataError as error:
+        if isinstance(error.__cause__, MigrationError):  # raised by a converted module when it was called
+            raise error.__cause__ from None
+        raise
     except CaptureError as error:
         raise MigrationError(
             f"the code of {type(model).__name__} cannot be read as a graph ({error}): take branches on data out of "
@@ -75,7 +79,8 @@ def compare(model: nn.Module, q: QuantizedModel, example: Arguments) -> str:
     total = sum(a.numel() for a, _ in pairs)
     unequal = sum(int((a != b).sum()) for a, b in pairs)
     largest = max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
-    return f"{total - unequal} of {total} outputs for the example equal torch.ao's; the largest difference is {largest:.6g}"
+    equal = f"{total - unequal} of {total} outputs for the example equal torch.ao's"
+    return f"{equal}; the largest difference is {largest:.6g}"
 
 
 def _refuse(model: nn.Module) -> None:
@@ -90,4 +95,3 @@ def _refuse(model: nn.Module) -> None:
             f"nothing in {type(model).__name__} is quantized by torch.ao: use bitsmith.quantize or "
             "bitsmith.quantize_dynamic"
         )
-

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.watching import WatchingQuantizer
+from ..eager.stubs import FloatFunctional
 from ..errors import MigrationError
 from ..grid import Grid, IntFormat, TensorSpec
-from ..nn import QuantIdentity, QuantLinear, QuantOutput
+from ..nn import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantIdentity,
+    QuantLinear,
+    QuantOutput,
+)
 from ..nn.module import WeightedModule
-from ..eager.stubs import FloatFunctional
 
 ACTIVATIONS = TensorSpec(format=IntFormat(8, signed=False), symmetric=False)
 BARRIER = "dequantized"  # the mark where codes become floats again
@@ -89,11 +99,17 @@ def weight_grid_of(weight: Tensor, where: str) -> Grid:
     if weight.dtype is not torch.qint8:
         raise MigrationError(f"{where}: a weight of {weight.dtype} cannot be migrated, only int8: {_ANEW}")
     if weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
-        scale, zero, axis = weight.q_per_channel_scales(), weight.q_per_channel_zero_points(), weight.q_per_channel_axis()
+        scale, zero, axis = (
+            weight.q_per_channel_scales(),
+            weight.q_per_channel_zero_points(),
+            weight.q_per_channel_axis(),
+        )
     else:
         scale, zero, axis = torch.tensor(weight.q_scale()), torch.tensor(weight.q_zero_point()), None
     if bool(zero.any()):
-        raise MigrationError(f"{where}: its weight has a zero point other than 0, which no integer kernel takes: {_ANEW}")
+        raise MigrationError(
+            f"{where}: its weight has a zero point other than 0, which no integer kernel takes: {_ANEW}"
+        )
     return Grid(IntFormat(8), scale.float(), None, axis)
 
 
@@ -107,12 +123,20 @@ def weighted(
     """A quantized layer with the settings of ``layer`` and the integers of ``weight``, its output on a grid."""
     grid = weight_grid_of(weight, where)
     layer.weight = nn.Parameter(weight.dequantize().contiguous(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+    kept = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+    layer.register_parameter("bias", kept)
     spec = TensorSpec(format=IntFormat(8), granularity="tensor" if grid.axis is None else "channel", axis=grid.axis)
     new = quantized.from_float(layer, weights=spec, activation=activation)
     new.weight_quantizer.set_grid(grid)
     new.output_quantizer = None if output is None else watcher(output)
     return new
+
+
+CONVOLUTIONS: dict[type[nn.Module], type[WeightedModule]] = {
+    nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d, nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+}  # fmt: skip
 
 
 def conv(
@@ -126,12 +150,16 @@ def conv(
         inputs, outputs = weight.shape[0], weight.shape[1] * groups
     rank = weight.ndim - 2
     sizes = {"stride": stride, "padding": padding, "dilation": dilation, **more}
-    tuples = {k: tuple(v)[-rank:] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in sizes.items()}
+    tuples = {
+        k: tuple(v)[-rank:] if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in sizes.items()
+    }
     with torch.device("meta"):
         return kind(inputs, outputs, tuple(weight.shape[2:]), groups=groups, **tuples)
 
 
-def linear(weight: Tensor, bias: Tensor | None, output: Grid | None, activation: nn.Module | None, where: str) -> nn.Module:
+def linear(
+    weight: Tensor, bias: Tensor | None, output: Grid | None, activation: nn.Module | None, where: str
+) -> nn.Module:
     """A linear layer on the integers of ``weight``."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0])

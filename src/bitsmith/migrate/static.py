@@ -1,4 +1,4 @@
-"""A converted model as a graph with the grids that it brings, and what torch.ao's kernels leave on the grid they read."""
+"""A converted model as a graph, with the grids that it brings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..eager import keep_to_marks
 from ..eager.modules import stored_grid
 from ..errors import MigrationError
 from ..flow import channels_last, finish
-from ..grid import Grid, IntFormat, TensorSpec
+from ..grid import IntFormat, TensorSpec
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
 from ..place.place import Placed, place
@@ -29,7 +29,13 @@ from .layers import converted
 from .pieces import ACTIVATIONS, BARRIER, grid_of, quantize_to
 
 MIGRATED = "as torch.ao placed it"  # the placement in the report
-_KEEP = ("relu", "clamp", "avg_pool", "global_avg_pool", "cat")  # torch's kernels write to the grid of their first operand
+_KEEP = (
+    "relu",
+    "clamp",
+    "avg_pool",
+    "global_avg_pool",
+    "cat",
+)  # torch's kernels write to the grid of their first operand
 # Functions whose range is known: their kernels write these scales and zero points.
 _FIXED = {"sigmoid": (1 / 256, 0), "hardsigmoid": (1 / 256, 0), "tanh": (2 / 256, 128)}
 
@@ -102,14 +108,13 @@ def _weight_quantizer(module: nn.Module, name: str) -> WeightQuantizer:
 def _complete_marks(graph: fx.GraphModule, module: nn.Module) -> list[fx.Node]:
     """Mark what PyTorch's kernels put on a grid without being told; returns where codes became floats."""
     marks: dict[fx.Node, str] = {}
-    barriers: list[fx.Node] = []
+    marked = [node for node in graph.graph.nodes if node.target is torch.ops.bitsmith.mark.default]
+    barriers = [node for node in marked if node.args[1] == BARRIER]
+    for node in barriers:
+        node.target, node.args = torch.ops.aten.alias.default, (node.args[0],)
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.bitsmith.mark.default:
-            if node.args[1] == BARRIER:
-                node.target, node.args = torch.ops.aten.alias.default, (node.args[0],)
-                barriers.append(node)
-            else:
-                marks[node] = str(node.args[1])
+            marks[node] = str(node.args[1])
             continue
         op = op_of(node)
         sources = operands(node) if op.name in (*_KEEP, *_FIXED) or op.role == "move" else []
