@@ -26,8 +26,10 @@ def plan_chip(graph: fx.GraphModule, target: Target) -> ChipPlan:
         plan = plan_memory(layers, target.limits)
         problems += plan.problems
     if problems:
-        listed = "".join(f"\n- {problem}" for problem in dict.fromkeys(problems))
-        raise PlacementError(f"the model does not fit on {target.name} ({len(problems)} violations):{listed}")
+        problems = list(dict.fromkeys(problems))
+        listed = "".join(f"\n- {problem}" for problem in problems)
+        count = f"{len(problems)} violation{'s' * (len(problems) > 1)}"
+        raise PlacementError(f"the model does not fit on {target.name} ({count}):{listed}")
     return plan
 
 
