@@ -31,8 +31,8 @@ class SoftRounding:
 
     >>> soft = SoftRounding([(torch.tensor([0.2, 0.8, 9.0]), Grid(IntFormat(3), torch.tensor(1.0)))])
     >>> soft.refresh()
-    >>> soft.weights[0].tolist()  # as the float weight, but for clipping
-    [0.20000000298023224, 0.800000011920929, 3.0]
+    >>> [round(w, 3) for w in soft.weights[0].tolist()]  # as the float weight, but for clipping
+    [0.2, 0.8, 3.0]
     >>> soft.harden()[0].tolist()
     [0.0, 1.0, 3.0]
     """
