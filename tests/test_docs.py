@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from bitsmith.recipe import Recipe
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
@@ -32,3 +34,11 @@ def test_the_torch_page_s_python_runs(tmp_path, monkeypatch) -> None:
     page = GUIDE.with_name("torch-engine.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "torch-engine.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["tidl.md", "doctor.md"])
+def test_the_pages_of_doctor_and_tidl_run(page: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", GUIDE.with_name(page).read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, page, "exec"), namespace)
