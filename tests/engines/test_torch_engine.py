@@ -190,13 +190,17 @@ def test_layers_left_in_float_stand_between_dequantize_and_quantize():
     assert (deployed(x) - q(x)).abs().max() < 0.02 * q(x).abs().max()
 
 
-def test_hardswish_on_codes_has_a_kernel():
+@pytest.mark.parametrize("function", [nn.Hardswish(), nn.ELU(0.7), nn.CELU(0.7), nn.LeakyReLU(0.2), nn.Sigmoid()])
+def test_functions_between_convolutions_run_on_codes(function, tmp_path):
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Hardswish(), nn.Conv2d(8, 4, 1)).eval()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), function, nn.Conv2d(8, 4, 1)).eval()
     x = torch.randn(4, 3, 12, 12)
-    recipe = bs.load_recipe("int8").model_copy(update={"placement": "flexml"})
-    deployed = bs.deploy(q := bs.quantize(net, [x], recipe=recipe, target="torch"), "torch")
-    assert (deployed(x) - q(x)).abs().max() < 0.02 * q(x).abs().max()
+    deployed = bs.deploy(q := bs.quantize(net, [x], target="torch"), "torch")
+    assert {type(m).__name__ for m in deployed.module.children()} == {
+        "Quantize", "QuantizedConv", "Pointwise", "QuantizedOnBytes",
+    }  # fmt: skip
+    assert torch.equal(deployed(x), q(x))
+    assert bs.verify(q, bs.export_torchscript(q, tmp_path / "m.pt"), x).max_lsb == 0
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "generic"])

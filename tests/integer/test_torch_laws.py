@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitsmith.engines.torch_kernels import Binary, LayerCodes, QuantizedCat, QuantizedConv, QuantizedLinear, Stored
+from bitsmith.engines.torch_kernels import (
+    POINTWISE,
+    Binary,
+    LayerCodes,
+    Pointwise,
+    QuantizedCat,
+    QuantizedConv,
+    QuantizedLinear,
+    Stored,
+)
 from bitsmith.engines.torch_plain import PlainLayer
 from bitsmith.grid import Grid, IntFormat
 from bitsmith.integer import laws, torch_laws
@@ -82,6 +91,19 @@ def test_binary(name, zeros):
         kernel = Binary(name, Stored.of(grids[2]))(as_quantized(a, grids[0]), as_quantized(b, grids[1]))
         expected = law(centred(a, grids[0]), centred(b, grids[1]), *grids, torch.float32)
         assert torch.equal(kernel.int_repr().float() - zeros[2], expected)
+
+
+@pytest.mark.parametrize("zeros", [(0, 0), (101, 37)])
+@pytest.mark.parametrize("name", POINTWISE)
+def test_functions_of_one_element(name, zeros):
+    function = getattr(F, name) if name != "sigmoid" else torch.sigmoid
+    for scale in SCALES:
+        source, output = grid(0.043, zeros[0]), grid(scale, zeros[1])
+        stored = torch.arange(256, dtype=torch.uint8).repeat(3)
+        kernel = Pointwise(name, Stored.of(output))(as_quantized(stored, source))
+        real = function(torch_laws.dequantized(centred(stored, source), source))
+        law = torch_laws.scaled(real, output, torch.float32)
+        assert torch.equal(kernel.int_repr().float() - zeros[1], law)
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 9, 9), (40, 333)])

@@ -37,7 +37,7 @@ def _rows(role: str, sign: str, *names: str) -> dict[str, Op]:
 _OPS: dict[str, Op] = {
     **_rows("compute", "any", "conv", "conv_transpose", "linear", "matmul"),
     **_rows("rescale", "keeps", "add", "mul", "cat", "avg_pool", "global_avg_pool"),
-    **_rows("rescale", "any", "leaky_relu", "sub", "xor"),
+    **_rows("rescale", "any", "leaky_relu", "hardswish", "elu", "sub", "xor"),
     **_rows("rescale", "keeps", "or"),
     **_rows("rescale", "non_negative", "sigmoid", "abs"),
     **_rows("activation", "non_negative", "relu"),
@@ -47,7 +47,6 @@ _OPS: dict[str, Op] = {
     **_rows(
         "float",
         "any",
-        "hardswish",
         "gelu",
         "silu",
         "tanh",
@@ -68,7 +67,8 @@ _ATEN: dict[str, str] = {
     "bitwise_or": "or", "bitwise_xor": "xor", "mul": "mul", "cat": "cat", "concat": "cat",
     "avg_pool1d": "avg_pool", "avg_pool2d": "avg_pool", "avg_pool3d": "avg_pool",
     "adaptive_avg_pool1d": "avg_pool", "adaptive_avg_pool2d": "avg_pool", "adaptive_avg_pool3d": "avg_pool",
-    "leaky_relu": "leaky_relu", "sigmoid": "sigmoid", "softmax": "softmax", "_softmax": "softmax",
+    "leaky_relu": "leaky_relu", "elu": "elu", "celu": "elu",
+    "sigmoid": "sigmoid", "softmax": "softmax", "_softmax": "softmax",
     "relu": "relu", "hardtanh": "clamp", "relu6": "clamp", "clamp": "clamp", "clamp_min": "clamp",
     "max_pool1d": "max_pool", "max_pool2d": "max_pool", "max_pool3d": "max_pool",
     "view": "reshape", "reshape": "reshape", "flatten": "reshape", "unflatten": "reshape",

@@ -30,7 +30,6 @@ _MOVES = {
     "transpose", "t", "select", "slice", "chunk", "split", "split_with_sizes", "unbind", "narrow", "getitem",
     "upsample_nearest2d", "upsample_nearest3d",
 }  # fmt: skip
-_POINTWISE = {"sigmoid", "hardswish", "leaky_relu"}
 
 
 def build_torch(q: QuantizedModel, *, portable: bool = False) -> fx.GraphModule:
@@ -188,12 +187,10 @@ class _Builder(GraphCopy):
 
     def _pointwise(self, node: fx.Node, output: k.Stored) -> fx.Node | None:
         name = aten_name(node)
-        if name not in _POINTWISE:
+        if name not in k.POINTWISE or node.kwargs:
             return None
-        slope = None
-        if name == "leaky_relu":
-            slope = float(node.args[1] if len(node.args) > 1 else 0.01)  # type: ignore[arg-type]
-        return self.call(node.name, k.Pointwise(name, output, slope), self.values[operands(node)[0]])
+        options: Any = node.args[1:]
+        return self.call(node.name, k.Pointwise(name, output, options), self.values[operands(node)[0]])
 
     def _move(self, node: fx.Node) -> None:
         operand = operands(node)[0]

@@ -11,7 +11,7 @@ for FBGEMM to compute something else (``integer/pairs.py``).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ..grid import Grid, IntFormat
 from ..integer.laws import AveragePool, zero_point
 from ..integer.pairs import ONEDNN_GROUPS, is_exact_in_pairs
+
+POINTWISE = {"sigmoid": [], "hardswish": [], "leaky_relu": [0.01], "elu": [1.0, 1.0, 1.0], "celu": [1.0]}  # options
 
 
 @dataclass(frozen=True)
@@ -241,18 +243,19 @@ class QuantizedMean(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A function of one element that torch has an int8 kernel for."""
+    """A function of one element that torch has an int8 kernel for, with the options that follow its input."""
 
-    def __init__(self, name: str, output: Stored, slope: float | None = None) -> None:
+    def __init__(self, name: str, output: Stored, options: Sequence[float] = ()) -> None:
         super().__init__()
-        self.name, self.output, self.slope = name, output, slope
+        self.name, self.output = name, output
         self.kernel = getattr(torch.ops.quantized, name)
+        self.options = [float(value) for value in options] + POINTWISE[name][len(options) :]
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the kernel."""
-        if self.slope is not None:
-            return self.kernel(x, self.slope, False, self.output.scale, self.output.zero_point)  # type: ignore[no-any-return]
-        return self.kernel(x, self.output.scale, self.output.zero_point)  # type: ignore[no-any-return]
+        grid = self.output.scale, self.output.zero_point
+        arguments = (*self.options, False, *grid) if self.name == "leaky_relu" else (*grid, *self.options)
+        return self.kernel(x, *arguments)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """The function and the output's grid."""
