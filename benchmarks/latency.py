@@ -26,6 +26,7 @@ from statistics import median, quantiles
 import numpy as np
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -109,26 +110,28 @@ def random_input(path: Path, name: str, shape: Sequence, batch: int, dtype: type
     return np.random.default_rng(0).standard_normal((batch, *rest)).astype(dtype)
 
 
-def visit(run: Run, warm: int, seconds: float) -> float:
-    """Run `warm` times unmeasured (other engines' threads may spin), then for `seconds`; median in ms."""
+def visit(run: Run, warm: int, seconds: float, clock: Clock = time.perf_counter) -> float:
+    """Run `warm` times unmeasured (other engines' threads may spin), then for `seconds`; median in ms of `clock`."""
     for _ in range(warm):
         run()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 1000 * median(times)
 
 
-def interleave(runs: Sequence[Run], rounds: int, seconds: float, warm: int = 3) -> list[list[float]]:
+def interleave(
+    runs: Sequence[Run], rounds: int, seconds: float, warm: int = 3, clock: Clock = time.perf_counter
+) -> list[list[float]]:
     """Visit each of `runs` once a round, in a rotating order; return the visits in ms, one list for each."""
     visits: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):
         for place in range(len(runs)):
             which = (place + turn) % len(runs)
-            visits[which].append(visit(runs[which], warm, seconds))
+            visits[which].append(visit(runs[which], warm, seconds, clock))
     return visits
 
 

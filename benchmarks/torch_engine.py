@@ -1,13 +1,14 @@
 """The torch engine and its TorchScript files against float eager and torch.ao's own int8 models, in one run.
 
-    python -m benchmarks.torch_engine speed [--nets resnet18 mobilenet_v2] [--batch 1 8] [--csv rows.csv]
+    python -m benchmarks.torch_engine speed [--nets resnet18 mobilenet_v2] [--batch 1 8] [--clock wall] [--csv rows.csv]
     python -m benchmarks.torch_engine kernels [--csv rows.csv]
     python -m benchmarks.torch_engine accuracy [--csv rows.csv]
 
 `speed`: every entry visited in turns (`benchmarks.latency.interleave`); `faster` is the median over rounds of float
 eager's visit over its own, `against` the same of torch.ao's entry of the same kind (scripted file, loaded for the same
-kernels). `kernels`: all convolutions of a network, one after the other, on torch's packed kernels and on those for
-plain bytes. `accuracy`: on how many of CIFAR-10's 10,000 test images the engine's class is the simulation's.
+kernels). `--clock processor` counts processor time, of one thread, for machines that others use too. `kernels`: all
+convolutions of a network, one after the other, on torch's packed kernels and on those for plain bytes. `accuracy`: on
+how many of CIFAR-10's 10,000 test images the engine's class is the simulation's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +33,7 @@ from benchmarks.nets import load
 
 Run = Callable[[], object]
 NETS = ("resnet18", "mobilenet_v2")
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Row:
     against: float | None
     baseline: str
     rounds: int
+    clock: str = "wall"
 
 
 def torch_ao(net: nn.Module, samples: list[Tensor], kernels: str) -> nn.Module:
@@ -100,7 +104,9 @@ def prepared(name: str, folder: Path) -> Callable[[], tuple[dict[str, Callable[.
     return entries
 
 
-def speed(nets: list[str], batches: list[int], threads: int, rounds: int, seconds: float) -> list[Row]:
+def speed(
+    nets: list[str], batches: list[int], threads: int, rounds: int, seconds: float, clock: str = "wall"
+) -> list[Row]:
     """All rows of `speed`."""
     rows = []
     torch.set_num_threads(threads)
@@ -111,16 +117,15 @@ def speed(nets: list[str], batches: list[int], threads: int, rounds: int, second
                 x = torch.randn(batch, 3, 224, 224)
                 models, against = entries()
                 runs: list[Run] = [partial(model, x) for model in models.values()]
-                visits = dict(zip(models, interleave(runs, rounds, seconds, warm=4)))
+                visits = dict(zip(models, interleave(runs, rounds, seconds, warm=4, clock=CLOCKS[clock])))
                 for label, times in visits.items():
                     baseline = against.get(label, "")
                     other = median(b / v for b, v in zip(visits[baseline], times)) if baseline else None
                     q1, middle, q3 = quantiles(times, n=4, method="inclusive")
                     faster = median(f / v for f, v in zip(visits["float eager"], times))
                     numbers = (round(v, 3) for v in (middle, q1, q3, min(times), faster))
-                    rows.append(
-                        Row(name, batch, threads, label, *numbers, other and round(other, 3), baseline, len(times))
-                    )
+                    ratio = other and round(other, 3)
+                    rows.append(Row(name, batch, threads, label, *numbers, ratio, baseline, len(times), clock))
                     print(row_text(rows[-1]), flush=True)
     return rows
 
@@ -221,14 +226,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.12, help="measured time of one visit")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="processor takes one thread")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # torch.ao and torch.jit announce their end at every call
+    if args.clock == "processor" and (args.table != "speed" or args.threads != 1):
+        parser.error("--clock processor goes with speed --threads 1: threads that wait spin, and count")
     if args.table == "accuracy":
         rows: list = accuracy()
+    elif args.table == "speed":
+        rows = speed(args.nets, args.batch, args.threads, args.rounds, args.seconds, args.clock)
     else:
-        table = speed if args.table == "speed" else kernels
-        rows = table(args.nets, args.batch, args.threads, args.rounds, args.seconds)
+        rows = kernels(args.nets, args.batch, args.threads, args.rounds, args.seconds)
     if args.csv:
         write_csv(rows, args.csv)
 
