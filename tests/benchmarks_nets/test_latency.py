@@ -27,7 +27,7 @@ def fake_visits(monkeypatch):
 
 def test_the_order_of_visits_rotates_and_every_round_visits_all(monkeypatch):
     order = []
-    monkeypatch.setattr(latency, "visit", lambda run, warm, seconds: order.append(run) or 1.0)
+    monkeypatch.setattr(latency, "visit", lambda run, warm, seconds, clock: order.append(run) or 1.0)
     latency.interleave(["a", "b", "c"], rounds=3, seconds=0)
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
