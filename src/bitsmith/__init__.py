@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .migrate import migrate
     from .model import QuantizedModel
     from .recipe import Override, Recipe, load_recipe
+    from .report.write import write_report
+    from .sensitivity import sensitivity
     from .storage import load, save
     from .targets import Target, get_target, list_targets
     from .tensor import QuantizedTensor
@@ -56,7 +58,9 @@ _PUBLIC = {
     "quantize": "flow",
     "quantize_dynamic": "dynamic",
     "save": "storage",
+    "sensitivity": "sensitivity",
     "verify": "verify",
+    "write_report": "report.write",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +38,12 @@ LEFT_OUT = Switches(edges=True, weights=False, inputs=False)  # of one layer amo
 class Switched:
     """Runs a calibrated graph with some of it in float.
 
-    ``floats`` are the layers as they were before any step changed their weights, by name (``float_layers``).
+    ``floats`` are the layers as they were before any step changed their weights, by name, where one did.
     A layer reads a Quantizer's value or the value before it; other readers of the same edge are not touched.
     """
 
-    def __init__(self, graph: fx.GraphModule, floats: Mapping[str, nn.Module]) -> None:
-        self.graph, self.floats = graph, floats
+    def __init__(self, graph: fx.GraphModule, floats: Mapping[str, nn.Module] | None = None) -> None:
+        self.graph, self.floats = graph, floats or {}
         self.nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
         self.layers = [node for node in self.nodes if op_of(node).role == "compute" and _is_quantized(node)]
         output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -113,12 +112,6 @@ class Switched:
         if not switches.edges and "bias" in parameters:  # a corrected bias makes up for errors that are not there
             parameters["bias"] = exact.bias  # type: ignore[assignment]
         return functional_call(module.layer, parameters, args, kwargs)
-
-
-def float_layers(graph: fx.GraphModule) -> dict[str, nn.Module]:
-    """Copies of a placed graph's layers, by name: to be taken before the walk."""
-    found = {name: m for name, m in graph.named_modules() if isinstance(m, QuantLayer)}
-    return {name: copy.deepcopy(module.layer) for name, module in found.items()}
 
 
 def _is_quantized(node: fx.Node) -> bool:

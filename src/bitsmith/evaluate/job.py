@@ -16,13 +16,17 @@ from torch import nn
 
 from ..calibrate import parse_memory
 from ..deployment import deploy
-from ..errors import DataError, ExportError, VerificationError
+from ..errors import DataError, ExportError, MissingExtraError, VerificationError
 from ..export import export_ai8x, export_onnx
 from ..files import staged_dir, write_text
 from ..flow import quantize
 from ..grid import IntFormat, TensorSpec
 from ..recipe import PlacementName, Recipe, load_recipe
 from ..report.model import Report
+from ..report.page import write_page
+from ..report.pictures import Pictures
+from ..report.write import look_at
+from ..sensitivity.model import Sensitivity
 from ..storage import save
 from ..targets import get_target
 from ..verify import save_evidence, verify
@@ -37,6 +41,7 @@ MODEL_FILE = "model.onnx"
 CHIP_FILE = "model.pth.tar"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
 VERIFIED_SAMPLES = 100
 KEPT_BYTES = 4 << 20  # of inputs, for 'bitsmith verify'
 KEPT_SAMPLES = 16
@@ -67,7 +72,8 @@ class JobResult(BaseModel):
     ``report``: what was done, layer by layer. ``metrics``: ``float``, ``simulated`` and ``deployed`` (the
     file in its runtime). ``certificate``: the file against simulation and integer executor. ``latency``: by
     batch size, of the ``float`` and the ``quantized`` file. ``sizes``: bytes of both. ``files``: what the
-    folder holds. ``job``: settings, data, torch's threads. ``notes``: what the reader should know.
+    folder holds. ``job``: settings, data, torch's threads. ``notes``: what the reader should know. ``recipe_yaml``,
+    ``pictures``, ``sensitivity``: what the page shows beside. docs/report.md describes every key.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,6 +86,9 @@ class JobResult(BaseModel):
     files: dict[str, str] = {}
     job: dict[str, Any] = {}
     notes: list[str] = []
+    recipe_yaml: str = ""
+    pictures: Pictures | None = None
+    sensitivity: Sensitivity | None = None
 
     @property
     def passed(self) -> bool:
@@ -151,7 +160,9 @@ def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
     job.say(f"simulation: {_headline(metrics['simulated'])}")
     report = quantized.report
     assert isinstance(report, Report)
-    result = JobResult(report=report, metrics=metrics, job=_circumstances(job), notes=notes)
+    result = JobResult(
+        report=report, metrics=metrics, job=_circumstances(job), notes=notes, recipe_yaml=quantized.recipe.to_yaml()
+    )
     return result, quantized, recorder
 
 
@@ -170,6 +181,8 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         result.metrics["deployed"] = _measure(job, deployed, f"file in {engine}", recorder)
         job.say(f"file in {engine}: {_headline(result.metrics['deployed'])}")
         _weigh(job, folder, inputs, result)
+        result.pictures = look_at(quantized, [inputs], job.model)
+        _draw(job, result, folder)
         final = Path(output)
         names = [*sorted(entry.name for entry in folder.iterdir()), REPORT_FILE]
         result.files = {name: str(final / name) for name in names}
@@ -269,6 +282,14 @@ def _write(job: Job, quantized: Any, folder: Path) -> None:
     recipe = folder / RECIPE_FILE
     if not recipe.exists():
         write_text(recipe, quantized.recipe.to_yaml())
+
+
+def _draw(job: Job, result: JobResult, folder: Path) -> None:
+    """The page, where what draws it is installed."""
+    try:
+        write_page(result, folder / PAGE_FILE)
+    except MissingExtraError as error:
+        job.say(f"note: {error}")
 
 
 def _certify(quantized: Any, file: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:

@@ -24,10 +24,11 @@ def diagnose(report: Report) -> str:
     layer, before = measured[first], measured[first - 1] if first else None
     fall = f"It falls to {layer.sqnr_db:.1f} dB at layer {layer.name!r}"
     fall += f", from {before.sqnr_db:.1f} dB before it" if before is not None else ", the first one"
-    return f"{start} {fall}. {_remedy(layer)}"
+    return f"{start} {fall}. {remedy(layer)}"
 
 
-def _remedy(layer: LayerReport) -> str:
+def remedy(layer: LayerReport) -> str:
+    """What would help one layer."""
     if layer.weight_sqnr_db is not None and layer.weight_sqnr_db < _COARSE_DB:
         return (
             f"The layer's {layer.weight_bits}-bit weight alone has {layer.weight_sqnr_db:.1f} dB: use a scale per "

@@ -16,6 +16,7 @@ from .model import LayerReport, Report
 if TYPE_CHECKING:
     from ..evaluate.job import JobResult
     from ..evaluate.metrics import Metrics
+    from ..sensitivity.model import Sensitivity
     from ..targets.target import Target
 
 _NONE = "-"
@@ -26,6 +27,7 @@ _CONTENTS = {
     "model.yaml": "its network description",
     "recipe.yaml": "how it was quantized",
     "report.json": "all numbers of this run",
+    "report.html": "the same to look at, in any browser",
     "certificate.json": "the proof, and the file's checksum",
     "evidence.safetensors": "samples for 'bitsmith verify'",
     "quantized.json": "for bitsmith.load: formats and scales",
@@ -70,6 +72,23 @@ def report_view(report: Report) -> RenderableType:
     return Group(layer_table(report), Text(""), *(Text(line) for line in lines))
 
 
+def sensitivity_view(found: Sensitivity) -> RenderableType:
+    """What each layer costs, the most harmful first, and which to keep at more bits."""
+    title = f"Sensitivity: {found.recipe} for {found.target}, {found.samples:,} samples"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("layer", "type", "bits", "local", "propagated", "alone", "left out"):
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("layer", "type") else "right")
+    for layer in found.ranked:
+        bits = f"{_bits(layer.weight_bits)} x {_bits(layer.input_bits)}"
+        numbers = (layer.local_db, layer.propagated_db, layer.alone_db, layer.left_out_db)
+        table.add_row(escape(layer.name), layer.type, bits, *map(_decibels, numbers))
+    sides = f"weights only {_decibels(found.weights_only_db)}, activations only {_decibels(found.activations_only_db)}"
+    lines = ["SQNR in dB: local and propagated at the layer's output, alone and left out at the model's"]
+    lines += [f"outputs: {_decibels(found.all_db)} dB, {sides}", f"proposal: {found.proposal.reason}"]
+    yaml = [Text(found.proposal.to_yaml())] if found.proposal.overrides else []
+    return Group(table, Text(""), *map(Text, lines), *yaml)
+
+
 def report_text(report: Report, width: int = 100) -> str:
     """The whole report as plain text of at most ``width`` columns, for ``print``."""
     parts = [report.recipe, f"for {report.target}" if report.target else ""]
@@ -99,30 +118,35 @@ def coverage_line(report: Report) -> str:
         line += f" on the target ({100 * coverage.quantized_fraction:.1f} % have quantized operands)"
     names = coverage.float_layers
     if names:
-        line += f"; in float: {_listed(names)}"
+        line += f"; in float: {listed(names)}"
     return line
 
 
 def summary_table(result: JobResult) -> Table:
     """Accuracy, size and speed of the float model, the simulation and the file, side by side."""
-    headings = {"float": "float model", "simulated": "simulated", "deployed": "deployed file"}
-    present = [name for name in headings if name in result.metrics]
+    headings, rows = summary_rows(result)
     report = result.report
     title = f"{report.recipe or 'quantized'} for {report.target or 'no target'}"
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("")
-    for name in present:
-        table.add_column(headings[name], justify="right")
-    for label, cells in _metric_rows([result.metrics[name] for name in present]):
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for label, cells in rows:
         table.add_row(label, *cells)
-    sizes, latency = result.sizes, result.latency
-    file_of = {"float": "float", "deployed": "quantized"}  # which file each column is about
-    if sizes:
-        table.add_row("size of the ONNX file", *(_size_cell(sizes, file_of.get(name)) for name in present))
-    for batch, times in latency.items():
-        cells = [_latency_cell(times, file_of.get(name)) for name in present]
-        table.add_row(f"latency, batch {batch}", *cells)
     return table
+
+
+def summary_rows(result: JobResult) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Headings and rows of that table."""
+    headings = {"float": "float model", "simulated": "simulated", "deployed": "deployed file"}
+    present = [name for name in headings if name in result.metrics]
+    rows = _metric_rows([result.metrics[name] for name in present])
+    file_of = {"float": "float", "deployed": "quantized"}  # which file each column is about
+    if result.sizes:
+        rows.append(("size of the ONNX file", [_size_cell(result.sizes, file_of.get(name)) for name in present]))
+    for batch, times in result.latency.items():
+        rows.append((f"latency, batch {batch}", [_latency_cell(times, file_of.get(name)) for name in present]))
+    return [headings[name] for name in present], rows
 
 
 def certificate_line(certificate: Mapping[str, Any]) -> Text:
@@ -137,16 +161,22 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for key, value in certificate.items():
-        if key in ("verdict", "passed") or value is None or value == [] or value == {}:
-            continue
-        if key == "outputs":
-            continue
-        table.add_row(_CERTIFICATE_LABELS.get(key, key.replace("_", " ")), escape(_plain(value)))
+    for label, value in certificate_rows(certificate):
+        table.add_row(label, escape(value))
+    return table
+
+
+def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of every number in a certificate."""
+    rows = [
+        (_CERTIFICATE_LABELS.get(key, key.replace("_", " ")), _plain(value))
+        for key, value in certificate.items()
+        if key not in ("verdict", "passed", "outputs") and value is not None and value not in ([], {})
+    ]
     for output in certificate.get("outputs") or []:
         numbers = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in output.items() if key != "name"]
-        table.add_row("output", escape(f"{output.get('name')}: ") + ", ".join(numbers))
-    return table
+        rows.append(("output", f"{output.get('name')}: {', '.join(numbers)}"))
+    return rows
 
 
 def result_view(result: JobResult, *, layers: bool = False) -> RenderableType:
@@ -237,10 +267,14 @@ def _mark(layer: LayerReport, weak: bool) -> Text:
     return Text(", ".join(words), style="yellow")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Some names, and how many more there are."""
     most = 6
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _decibels(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.1f}"
 
 
 def _bits(bits: int | None) -> str:
@@ -256,7 +290,7 @@ def _all_notes(report: Report) -> list[str]:
     for layer in report.layers:
         if layer.note:
             by_note.setdefault(layer.note, []).append(layer.name)
-    notes += [f"{_listed(names)}: {note}" for note, names in by_note.items()]
+    notes += [f"{listed(names)}: {note}" for note, names in by_note.items()]
     more = len(notes) - _NOTES
     return notes if more <= 0 else [*notes[:_NOTES], f"and {more} more notes in report.json"]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import glob
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,21 @@ from ..calibrate.switched import (
     Switched,
     Values,
     decibels,
-    float_layers,
 )
 from ..calibrate.walk import Progress
-from ..capture import ForwardFunction, evaluation_mode, read_batches
+from ..capture import ForwardFunction, capture, evaluation_mode, read_batches
 from ..capture.inputs import Arguments, first_samples, sample_count
 from ..capture.ops import layer_of, module_of, op_of, quantizer_of
+from ..eager import has_stubs, with_module_recipes
 from ..errors import DataError
-from ..flow import check_arguments, prepared_graph, resolve
+from ..flow import channels_last, check_arguments, output_sqnr, resolve
 from ..grid import IntFormat
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
 from ..place.macs import macs_of
 from ..place.place import place
 from ..place.plan import layer_name
+from ..prepare.prepare import prepare
 from ..recipe import Override, PlacementName, Recipe
 from ..targets import Target, get_target
 from .model import LayerSensitivity, Proposal, Sensitivity
@@ -59,8 +61,10 @@ def sensitivity(
 
     Arguments are those of ``bitsmith.quantize``. A quantized model is taken in place of the float one as long as no
     step of its recipe has changed its weights or biases (the float ones are gone then). ``samples`` are compared.
+    Weights are rounded to nearest: steps that round one layer so that it makes up for others, or correct what their
+    errors add up to, are left out, so that each error is seen by itself (a step such as gptq then leaves less of it).
     ``proposal`` keeps layers in float, the best first, until the SQNR at the outputs has risen by ``goal_db``, measured
-    for every number of layers; its overrides fit the recipe. Where the target runs 16 bits in integers it gives 16 bits.
+    for every number of layers; its overrides fit the recipe, with 16 bits where the target runs these in integers.
 
     Each layer is quantized alone (its weight and what it reads), and left out of a model that is quantized otherwise.
     Its ``local`` noise is what it adds by itself, its ``propagated`` one includes what arrives.
@@ -76,20 +80,16 @@ def sensitivity(
         raise DataError(f"samples={samples}: at least one sample is needed")
     with torch.no_grad(), evaluation_mode(model):
         if isinstance(model, QuantizedModel):
-            graph, recipe, target, floats, batches = _from_quantized(model, calibration, recipe, target)
+            graph, recipe, target, batches = _from_quantized(model, calibration, recipe, target)
         else:
             check_arguments(model)
             target = get_target(target or "onnxruntime")
             recipe = resolve(target.default_recipe if recipe is None else recipe, placement, overrides)
             batches = read_batches(model, calibration, forward)
-            graph, recipe, _ = prepared_graph(model, batches, recipe, target)
+            graph, recipe = prepared_graph(model, batches, recipe, target)
             placed = place(graph, recipe, target)
-            floats = float_layers(graph)
-            calibrate(
-                graph, placed, batches, target, memory=parse_memory(memory), noise_samples=recipe.samples,
-                steps=recipe.steps, progress=progress,
-            )  # fmt: skip
-        found = _Measurement(Switched(graph, floats), _leading(graph, batches, samples), progress)
+            calibrate(graph, placed, batches, target, memory=parse_memory(memory), noise_samples=1, progress=progress)
+        found = _Measurement(Switched(graph), _leading(graph, batches, samples), progress)
         result = Sensitivity(recipe=recipe.name, target=target.name, samples=found.samples)
         found.measure(result)
         result.proposal = _propose(found, result, recipe, target, goal_db)
@@ -97,9 +97,22 @@ def sensitivity(
     return result
 
 
+def prepared_graph(
+    model: nn.Module, batches: list[Arguments], recipe: Recipe, target: Target
+) -> tuple[fx.GraphModule, Recipe]:
+    """The captured model after the recipe's steps of stage ``prepare``, and the recipe with the modules' own."""
+    if has_stubs(model):
+        raise DataError("the model has stubs that say where it is quantized: layers cannot be switched one by one")
+    graph = capture(model, batches[0])
+    recipe = with_module_recipes(recipe, model, graph)
+    graph, _ = prepare(graph, recipe, batches, partial(output_sqnr, batches, recipe, target))
+    channels_last(graph)
+    return graph, recipe
+
+
 def _from_quantized(
     q: QuantizedModel, calibration: Iterable[Any], recipe: Any, target: Any
-) -> tuple[fx.GraphModule, Recipe, Target, Mapping[str, nn.Module], list[Arguments]]:
+) -> tuple[fx.GraphModule, Recipe, Target, list[Arguments]]:
     if recipe is not None or target is not None:
         raise DataError("a quantized model has its recipe and target: leave them out, or pass the float model")
     if changing := [step.name for step in q.recipe.steps if step.stage != "prepare"]:
@@ -108,7 +121,7 @@ def _from_quantized(
             "pass the float model with recipe=q.recipe and target=q.target"
         )
     batches = [q.arguments(args, kwargs) for args, kwargs in read_batches(q, calibration, None)]
-    return q.graph, q.recipe, q.target, {}, batches
+    return q.graph, q.recipe, q.target, batches
 
 
 def _leading(graph: fx.GraphModule, batches: list[Arguments], samples: int) -> list[Arguments]:
@@ -188,7 +201,10 @@ def _propose(found: _Measurement, result: Sensitivity, recipe: Recipe, target: T
     if target.limits is not None:
         return Proposal(reason=f"{target.name} runs no layer in float or at 16 bits: learn the rounding, or train")
     nodes = {layer_name(node): node for node in found.switched.layers}
-    gains = {layer.name: (layer.left_out_db or float("inf")) - result.all_db for layer in result.layers}
+    gains = {
+        layer.name: float("inf") if layer.left_out_db is None else layer.left_out_db - result.all_db
+        for layer in result.layers
+    }
     ranked = sorted(gains, key=lambda name: -gains[name])[: max(1, min(_MOST_KEPT, len(gains) // 3))]
     proposal, reached = Proposal(keep="16 bits" if 16 in target.integer_bits else "float"), result.all_db
     for name in ranked:
@@ -229,4 +245,6 @@ def _reason(proposal: Proposal, before: float, goal_db: float) -> str:
     count, gained = len(proposal.layers), proposal.sqnr_db[-1] - before
     layers = f"{count} layer{'s' if count > 1 else ''} with {proposal.macs_fraction:.1%} of the multiply-accumulates"
     missed = "" if gained >= goal_db else f"; the {goal_db:g} dB asked for are spread over more layers"
-    return f"{layers} in {proposal.keep}: the outputs gain {gained:.1f} dB ({before:.1f} to {before + gained:.1f}){missed}"
+    return (
+        f"{layers} in {proposal.keep}: the outputs gain {gained:.1f} dB ({before:.1f} to {before + gained:.1f}){missed}"
+    )
