@@ -59,9 +59,11 @@ def write_pareto(
     ]
     data = {"pareto": {"points": points, "cost": cost, "value": value}}
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    filled = {column: [row[column] for row in rows if row.get(column) is not None] for column in columns}
     page = _template("sweep.html").render(
-        **_frame(title, data), rows=rows, columns=columns, count=len(rows), left_out=len(rows) - len(drawn)
-    )
+        **_frame(title, data), rows=rows, columns=columns, count=len(rows), left_out=len(rows) - len(drawn),
+        numeric=[column for column, values in filled.items() if all(map(_is_number, values))],
+    )  # fmt: skip
     return _write(path, page)
 
 

@@ -72,7 +72,7 @@
     const codes = found.step ? Math.round((found.high - found.low) / found.step) : Infinity;
     for (let code = 1; codes <= 64 && code < codes; code++) {
       const x = found.low + code * found.step;
-      lines.push({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", layer: "below", line: { color: color("line"), width: 1 } });
+      lines.push({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", layer: "below", opacity: 0.4, line: { color: color("third"), width: 1 } });
     }
     const band = { type: "rect", x0: found.low, x1: found.high, y0: 0, y1: 1, yref: "paper", layer: "below", line: { width: 0 }, fillcolor: color("band") };
     const bar = {
