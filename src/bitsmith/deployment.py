@@ -140,10 +140,13 @@ def _deploy_file(q: QuantizedModel, engine: EngineName, threads: int | None) -> 
 
 
 def _deploy_torch(q: QuantizedModel, threads: int | None) -> Deployed:
-    from .engines import build_torch, freeze, script
+    from .engines import build_torch, freeze, repacked, script
 
     module = build_torch(q)
-    return Deployed(script_engine(freeze(script(module, q)), threads), None, q, module)
+    scripted = script(module, q)
+    if all(getattr(layer, "repacks_alike", True) for layer in module.children()):
+        scripted = repacked(scripted)
+    return Deployed(script_engine(freeze(scripted), threads), None, q, module)
 
 
 def _fastest(q: QuantizedModel, threads: int | None, inputs: Any) -> Deployed:

@@ -104,6 +104,7 @@ class QuantizedConv(nn.Module):
         if self.transposed:
             geometry.append(list(layer.output_padding))
         name = f"conv{'_transpose' if self.transposed else ''}{self.rank}d"
+        self.repacks_alike = not self.transposed and not is_for_onednn_alone(layer, codes)  # where a file is loaded
         for_fbgemm = self.transposed or is_exact_in_pairs(layer, codes.weight)  # 2.13's transposed oneDNN kernels err
         with packing("fbgemm" if for_fbgemm else "onednn"):
             prepack = getattr(torch.ops.quantized, f"{name}_prepack")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from ..errors import ExportError, VerificationError
 from ..files import atomic_write
 from ..model import QuantizedModel
+from .torch_kernels import packing
 
 
 def example_inputs(q: QuantizedModel, batch: int) -> tuple[Tensor, ...]:
@@ -46,6 +48,15 @@ def script(module: fx.GraphModule, q: QuantizedModel) -> Any:
                 "makes tensors or decisions from its batch size that a trace takes for constants"
             )
     return scripted
+
+
+def repacked(scripted: Any) -> Any:
+    """The same program, its layers packed anew: oneDNN keeps the primitive of their first shape, here the trace's."""
+    buffer = BytesIO()
+    with packing("x86"):
+        torch.jit.save(scripted, buffer)
+        buffer.seek(0)
+        return torch.jit.load(buffer)  # type: ignore[no-untyped-call]
 
 
 def freeze(scripted: Any) -> Any:
