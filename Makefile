@@ -37,15 +37,17 @@ bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --quick --nets resnet20 dscnn_kws
 	$(BIN)/python -m benchmarks.speed
 
+# The site lands in site/ and opens from the disk; nothing is fetched from the network.
 docs: $(STAMP)
 	$(BIN)/python -m docs.build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-out dist build
+	rm -rf $(VENV) demo-out dist build site
 
 # torch first and pinned: an open range would bring a CUDA build of several GB.
 $(STAMP): pyproject.toml constraints.txt
