@@ -120,6 +120,8 @@ def target_page(target: Target) -> list[str]:
         lines += ["## Limits", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in kept.items()), ""]
         lines += ["More: [models for these chips](../max78000.md).", ""]
     lines += [f"- {note}" for note in target.notes]
+    if target.tidl is not None:
+        lines += ["", "More: [TI's devices](../tidl.md)."]
     if target.name == "torch":
         lines += ["", "More: [integers in PyTorch](../torch-engine.md)."]
     return [*lines, ""]

@@ -146,6 +146,9 @@ def summary_rows(result: JobResult) -> tuple[list[str], list[tuple[str, list[str
         rows.append(("size of the ONNX file", [_size_cell(result.sizes, file_of.get(name)) for name in present]))
     for batch, times in result.latency.items():
         rows.append((f"latency, batch {batch}", [_latency_cell(times, file_of.get(name)) for name in present]))
+        rows.append(
+            (f"images/s, batch {batch}", [_rate_cell(times, file_of.get(name), int(batch)) for name in present])
+        )
     return [headings[name] for name in present], rows
 
 
@@ -326,6 +329,10 @@ def _latency_cell(latency: Mapping[str, Any], file: str | None) -> str:
     entry = latency[file]
     speed = f" ({entry.ratio:.2f} x as fast)" if file != "float" else ""
     return f"{entry.median_ms:.3g} ms{speed}"
+
+
+def _rate_cell(latency: Mapping[str, Any], file: str | None, batch: int) -> str:
+    return _NONE if file is None or file not in latency else f"{1000 * batch / latency[file].median_ms:,.0f}"
 
 
 def _files_table(files: Mapping[str, str]) -> Table:
