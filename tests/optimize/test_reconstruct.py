@@ -152,6 +152,21 @@ def test_a_block_that_gets_worse_is_put_back_and_reported(monkeypatch: pytest.Mo
     torch.testing.assert_close(q(x), plain(x))
 
 
+def test_samples_held_out_judge_a_block_and_are_not_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def spy(block: Any, batches: Any, options: Any, report: Any) -> None:
+        seen.extend(value for batch in batches for node, value in batch.values.items() if node.op == "placeholder")
+
+    x = images(64)
+    x[56:] = 9.0
+    monkeypatch.setattr(block_steps, "reconstruct", spy)
+    q = bs.quantize(Residual(), list(x.split(8)), bits_recipe(4, 8, steps=steps(iterations=20)))
+    assert seen
+    assert not any(bool((value.flatten(1) == 9.0).all(1).any()) for value in seen)
+    assert all(entry.undone for entry in q.report.steps)  # nothing was learned, so nothing became better
+
+
 def test_layers_with_shared_weights_keep_them() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

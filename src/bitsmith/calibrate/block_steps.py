@@ -32,12 +32,16 @@ def learns_from_minibatches(step: Any) -> TypeGuard[Reconstruct | LearnedRoundin
     return isinstance(step, Reconstruct) or (isinstance(step, LearnedRounding) and step.target == "activation")
 
 
+_HELD_OUT = 0.15  # of the samples: they judge what was learned from the others
+
+
 class BlockSteps:
     """Runs a step that learns from minibatches, on one block after the other."""
 
     def __init__(self, walk: Walk, step: Reconstruct | LearnedRounding | None) -> None:
         self.walk, self.step = walk, step
         self.device = _device(step)
+        self.learned, self.judged = _split(walk.counts[: walk.quantized_chunks], _HELD_OUT)
         self.log: list[StepLog] = []
 
     def run(self, block: Block, index: int) -> None:
@@ -63,7 +67,7 @@ class BlockSteps:
     def _learn_or_undo(
         self, block: Block, state: State, log: StepLog, index: int, originals: dict[int, Tensor]
     ) -> None:
-        """Reconstruct; where the error of the block's output has not become less, the block is put back."""
+        """Reconstruct; where the block's output has not become better on samples held out, the block is put back."""
         start, before = time.perf_counter(), state.copy()
         log.before = self._error(block)
         self._learn(block, index, originals)
@@ -97,7 +101,7 @@ class BlockSteps:
                 walk.progress(first, len(walk.stages), text)
 
         float_inputs = isinstance(self.step, LearnedRounding) and self.step.inputs == "float"
-        samples = Samples(walk, block, self.device, float_inputs=float_inputs)
+        samples = Samples(walk, block, self.device, self.learned, float_inputs=float_inputs)
         batches = samples.minibatches(options.batch_size, options.iterations, seed)
         with self._on_device(block), torch.enable_grad():
             trainable = TrainableBlock(
@@ -140,9 +144,9 @@ class BlockSteps:
 
     @torch.no_grad()
     def _error(self, block: Block) -> float:
-        """The squared error of the block's ends over all samples, as the walk itself will run it."""
+        """The squared error of the block's ends over the samples held out, as the walk itself will run it."""
         walk, total = self.walk, 0.0
-        for chunk in range(walk.quantized_chunks):
+        for chunk in self.judged:
             env = {node: walk.read("quantized", node, chunk) for node in [*block.sides, *block.sources]}
             for node in block.nodes:
                 value = walk.call("quantized", node, env)
@@ -151,6 +155,18 @@ class BlockSteps:
                 exact = walk.store.get(("float", end.name, chunk))
                 total += float((env[end] - exact).square().sum(dtype=torch.float64))
         return total
+
+
+def _split(counts: list[int], share: float) -> tuple[range, range]:
+    """Chunks to learn from, and the last of them, which judge; a single chunk does both.
+
+    >>> _split([10] * 10, 0.15), _split([64], 0.15)
+    ((range(0, 8), range(8, 10)), (range(0, 1), range(0, 1)))
+    """
+    first = len(counts)
+    while first > 1 and sum(counts[first:]) < share * sum(counts):
+        first -= 1
+    return range(first), range(first if first < len(counts) else 0, len(counts))
 
 
 def _as_reconstruct(step: Reconstruct | LearnedRounding) -> Reconstruct:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +18,19 @@ _SHARE = 2  # of the memory budget goes to samples held at a time: one part in t
 
 
 class Samples:
-    """What a block reads and should give, for the samples that the quantized stream follows.
+    """What a block reads and should give, for the samples of some chunks that the quantized stream follows.
 
     As many chunks as the memory budget allows are held at a time, and minibatches drawn from these without
     replacement before others are read. A graph of a fixed batch size gets its chunks whole.
     """
 
-    def __init__(self, walk: Walk, block: Block, device: torch.device | None, *, float_inputs: bool = False) -> None:
+    def __init__(
+        self, walk: Walk, block: Block, device: torch.device | None, chunks: Sequence[int], *,
+        float_inputs: bool = False,
+    ) -> None:  # fmt: skip
         self.walk, self.block, self.device, self.float_inputs = walk, block, device, float_inputs
         self.batch = batch_size(walk.graph)
-        self.chunks = list(range(walk.quantized_chunks))
+        self.chunks = chunks
 
     def minibatches(self, size: int, count: int, seed: int) -> Iterator[Batch]:
         """``count`` minibatches of ``size`` samples (fewer where there are not so many)."""

@@ -64,7 +64,8 @@ def _step_notes(steps: list[StepReport]) -> list[str]:
         done = [e for e in entries if not e.skipped and not e.undone]
         kept = [e.error_after / e.error_before for e in done if e.error_before > 0]
         gain = f", output error down to {median(kept):.0%} (median)" if kept else ""
-        notes.append(f"{name}: {len(done)} of {len(entries)} layers{gain}")
+        parts = "blocks" if name == "reconstruct" else "layers"
+        notes.append(f"{name}: {len(done)} of {len(entries)} {parts}{gain}")
         if undone := [e for e in entries if e.undone]:
             notes[-1] += f"; undone, since the error grew: {_names(undone)}"
         for note in dict.fromkeys(e.note for e in entries if e.note):
