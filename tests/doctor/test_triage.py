@@ -14,7 +14,7 @@ import bitsmith as bs
 from bitsmith.cli.app import app
 from bitsmith.demo import digits_net
 from bitsmith.doctor import triage
-from bitsmith.doctor.triage import judge
+from bitsmith.doctor.triage import better_recipe, judge
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,15 @@ from bitsmith.doctor.triage import judge
     [(91.9, 91.5, "none"), (91.9, 80.0, "quantization"), (60.0, 58.0, "elsewhere"), (60.0, 91.9, "elsewhere")],
 )
 def test_the_verdict_follows_from_three_numbers(bits_16: float, bits_8: float, cause: str) -> None:
-    found, verdict = judge("top1", 92.0, bits_16, bits_8, {"conv1": 3.0})
+    found, verdict = judge("top1", 92.0, bits_16, bits_8, {"conv1": 3.0}, "recipe 'w8a8-best'")
     assert found == cause
     assert ("conv1" in verdict) == (cause == "quantization")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tda4vm", "am68a", "max78000"])
+def test_the_next_recipe_is_one_that_the_target_takes(target: str) -> None:
+    words = better_recipe(bs.get_target(target))
+    bs.get_target(target).check(bs.load_recipe(words.split("'")[-2]))
 
 
 def compare(threshold: float) -> nn.Module:

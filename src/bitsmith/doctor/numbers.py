@@ -12,6 +12,7 @@ from ..capture.ops import layer_of, op_of
 from ..prepare.weights import out_range
 from .rule import Note, rule
 from .subject import Seen, Subject
+from .triage import better_recipe
 
 _OUTLIER = 16.0  # the largest weight over the mean magnitude
 _CHANNEL_RATIO = 256.0
@@ -38,7 +39,7 @@ def weight_ranges(subject: Subject) -> Iterator[Note]:
             yield Note(
                 "warning", node, f"its largest weight is {largest / typical:.0f} times the mean magnitude: at 8 bits "
                 f"most others get {max(1, round(127 * typical / largest))} of 127 steps",
-                "range rule 'mse' for weights, GPTQ (recipe 'w8a8-best'), or train with weight decay on this layer",
+                f"range rule 'mse' for weights, or {better_recipe(subject.target)}",
             )  # fmt: skip
         ranges = out_range(layer)
         alive = ranges[ranges > 0]

@@ -63,7 +63,7 @@ def triage(
     float_value = before.top1 if measure == "top1" else 100.0 if measure == "agreement" else None
     known = [(layer.name, layer.sqnr_db) for layer in narrow.report.layers if layer.sqnr_db is not None]
     weakest = dict(sorted(known, key=lambda item: item[1])[:_WEAKEST])
-    cause, verdict = judge(measure, float_value, values[16], values[8], weakest)
+    cause, verdict = judge(measure, float_value, values[16], values[8], weakest, better_recipe(target))
     return Triage(
         measure=measure, samples=before.samples, float_model=float_value, bits_16=values[16], bits_8=values[8],
         weakest=weakest, cause=cause, verdict=verdict,
@@ -71,9 +71,9 @@ def triage(
 
 
 def judge(
-    measure: Measure, float_value: float | None, bits_16: float, bits_8: float, weakest: dict[str, float]
+    measure: Measure, float_value: float | None, bits_16: float, bits_8: float, weakest: dict[str, float], better: str
 ) -> tuple[Literal["none", "quantization", "elsewhere"], str]:
-    """Where the loss comes from, and what to do."""
+    """Where the loss comes from, and what to do; ``better`` names the recipe to try first."""
     if float_value is None:
         lost_16, lost_8 = bits_16 < _CLEAN_DB, bits_8 < _NOISY_DB
         numbers = f"{bits_16:.1f} dB at 16 bits, {bits_8:.1f} dB at 8"
@@ -88,8 +88,8 @@ def judge(
     if lost_8:
         names = ", ".join(list(weakest)[:3])
         return "quantization", (
-            f"{numbers}: it is the 8 bits. The weakest layers are {names}: try recipe 'w8a8-best', then 16 bits for "
-            "these, then bs.prepare_qat"
+            f"{numbers}: it is the 8 bits. The weakest layers are {names}: try {better}, then 16 bits for these, "
+            "then bs.prepare_qat"
         )
     return "none", f"{numbers}: there is no loss to speak of"
 
@@ -116,6 +116,15 @@ def widened(recipe: Recipe) -> Recipe:
 
     changes = {"weights": wide(recipe.weights), "activations": wide(recipe.activations), "name": f"{recipe.name}-16"}
     return recipe.model_copy(update=changes)
+
+
+def better_recipe(target: Target) -> str:
+    """The next recipe to try on a target, in words."""
+    try:
+        target.check(load_recipe("w8a8-best"))
+    except RecipeError:
+        return f"steps 'equalize' (merge_bias: true) and 'gptq' in recipe {target.default_recipe!r}"
+    return "recipe 'w8a8-best'"
 
 
 def _taking(target: Target, recipe: Recipe) -> Target:
