@@ -1,11 +1,15 @@
-"""Weights of language models at 4 and 3 bits: what GPTQ and Qronos take back of what nearest rounding loses.
+"""Language models: weights at 4 and 3 bits by GPTQ and Qronos, and weights and activations at 8 bits, static.
 
-    python -m benchmarks.text [--nets stories minilm] [--csv FILE]
+    python -m benchmarks.text [--nets stories minilm] [--bits 4 3 8] [--csv FILE]
 
-Activations stay float. stories260K: nats per token over stories 400 to 699, weights by groups of 32 inputs, calibrated
+At 4 and 3 bits activations stay float. stories260K: nats per token over stories 400 to 699, weights by groups of 32 inputs, calibrated
 on the first 49,152 tokens of stories 0 to 399. MiniLM: 100 x Spearman's rank correlation on STS-B's test pairs, weights
 per channel or by groups of 32, calibrated on the 256 longest first sentences of its dev pairs. Since only weights are
 quantized, these are put into the float model, which then reads texts at their own lengths.
+
+At 8 bits the recipe is ``int8`` (simulated), with and without activation equalization in front of its other steps;
+``taken_back`` is then of the loss without it. Texts are padded to the length of the graph, which no result depends on:
+attention looks back only, or is masked.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import argparse
 import copy
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +35,27 @@ from benchmarks.nets.llama import LONGEST, Llama
 from benchmarks.nets.sentence_encoder import SentenceEncoder
 from bitsmith.grid import IntFormat, TensorSpec
 from bitsmith.place.layers import QuantLayer
-from bitsmith.steps import Gptq, Qronos, Step
+from bitsmith.recipe import load_recipe
+from bitsmith.steps import EqualizeActivations, Gptq, Qronos, Step
 
-FIELDS = ("net", "bits", "group", "step", "metric", "found", "float", "taken_back", "quantize_s", "commit", "bitsmith")
+FIELDS = ("net", "bits", "group", "step", "metric", "found", "float", "taken_back", "seed", "samples", "run",
+          "quantize_s", "commit", "bitsmith")  # fmt: skip
 STEPS: dict[str, tuple[Step, ...]] = {
     "nearest": (), "gptq": (Gptq(),), "gptq, 11 scales": (Gptq(scales=11),), "qronos": (Qronos(),),
 }  # fmt: skip
+EQUALIZE = EqualizeActivations(alpha="search", insert=True)
+
+
+class Padded(nn.Module):
+    """A quantized model with a fixed number of tokens, for texts up to that length."""
+
+    def __init__(self, model: nn.Module, length: int, by_token: bool) -> None:
+        super().__init__()
+        self.model, self.length, self.by_token = model, length, by_token
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.model(F.pad(ids, (0, self.length - ids.shape[1])))
+        return found[:, : ids.shape[1]] if self.by_token else found
 
 
 def with_weights(model: nn.Module, q: bs.QuantizedModel) -> nn.Module:
@@ -109,42 +128,58 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
-NETS = {"stories": (stories, "nats/token", (32,)), "minilm": (minilm, "100 x Spearman", (None, 32))}
+# how to build and judge, the metric, granularities of few bits, tokens of the graph at 8 bits
+NETS = {
+    "stories": (stories, "nats/token", (32,), LONGEST),
+    "minilm": (minilm, "100 x Spearman", (None, 32), 48),
+}  # fmt: skip
 
 
-def rows(name: str) -> Any:
+def rows(name: str, widths: list[int]) -> Iterator[dict[str, Any]]:
     """Every width, granularity and step on one net."""
-    build, metric, groups = NETS[name]
+    build, metric, groups, length = NETS[name]
     model, calibration, judge = build()
     exact = judge(model)
-    for bits in (4, 3):
-        for group in groups:
-            kind = {"granularity": "channel"} if group is None else {"granularity": "group", "group_size": group}
-            lost = None
-            for step, steps in STEPS.items():
-                recipe = bs.Recipe(weights=TensorSpec(format=IntFormat(bits), **kind), steps=steps)
-                start = time.perf_counter()
-                q = bs.quantize(model, calibration, recipe)
-                seconds = time.perf_counter() - start
-                found = judge(with_weights(model, q))
-                lost = found - exact if lost is None else lost
-                yield {
-                    "net": name, "bits": bits, "group": group or "channel", "step": step, "metric": metric,
-                    "found": round(found, 4), "float": round(exact, 4),
-                    "taken_back": round(1 - (found - exact) / lost, 3), "quantize_s": round(seconds, 1),
-                    "commit": commit(), "bitsmith": bs.__version__,
-                }  # fmt: skip
+
+    def measured(recipe: bs.Recipe, batches: list[Tensor], usable: Callable[[bs.QuantizedModel], nn.Module]) -> Any:
+        start = time.perf_counter()
+        q = bs.quantize(model, batches, recipe)
+        seconds = time.perf_counter() - start
+        found = judge(usable(q))
+        shared = {"metric": metric, "found": round(found, 4), "float": round(exact, 4), "seed": "none",
+                  "samples": sum(map(len, batches)), "run": "simulated", "quantize_s": round(seconds, 1),
+                  "commit": commit(), "bitsmith": bs.__version__}  # fmt: skip
+        return found - exact, shared
+
+    for bits, group in ((bits, group) for bits in widths if bits < 8 for group in groups):
+        kind = {"granularity": "channel"} if group is None else {"granularity": "group", "group_size": group}
+        lost = None
+        for step, steps in STEPS.items():
+            recipe = bs.Recipe(weights=TensorSpec(format=IntFormat(bits), **kind), steps=steps)
+            loss, shared = measured(recipe, calibration, lambda q: with_weights(model, q))
+            lost = loss if lost is None else lost
+            yield {"net": name, "bits": bits, "group": group or "channel", "step": step,
+                   "taken_back": round(1 - loss / lost, 3), **shared}  # fmt: skip
+    lost, int8 = None, load_recipe("int8")
+    few = [F.pad(batch, (0, length - batch.shape[1])) for batch in calibration[:2]]
+    for step, more in (("int8", ()), ("int8, equalize", (EQUALIZE,))) if 8 in widths else ():
+        recipe = int8.model_copy(update={"steps": (*int8.steps[:1], *more, *int8.steps[1:])})
+        loss, shared = measured(recipe, few, lambda q: Padded(q, length, name == "stories"))
+        lost = loss if lost is None else lost
+        yield {"net": name, "bits": 8, "group": "channel", "step": step,
+               "taken_back": round(1 - loss / lost, 3), **shared}  # fmt: skip
 
 
 def main() -> None:
     """Measure and print, and write CSV where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 8], choices=[4, 3, 8])
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     done = []
     for name in options.nets:
-        for r in rows(name):
+        for r in rows(name, options.bits):
             done.append(r)
             print(f"{name:9}{r['bits']} bits {r['group']!s:8} {r['step']:16}{r['found']:9.4f} {r['metric']} (float "
                   f"{r['float']:.4f}), takes back {r['taken_back']:.0%}", flush=True)  # fmt: skip

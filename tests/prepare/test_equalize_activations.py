@@ -99,6 +99,30 @@ def test_outliers_cost_less_afterwards() -> None:
     assert q.report.output_sqnr_db > plain.report.output_sqnr_db + 3
 
 
+class _Twice(nn.Module):
+    """Two pairs of layers, each of which reads one norm's output, met in the order first, second, first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](x)
+        z = self.norms[1](self.layers[0](y))
+        return self.layers[1](z).relu() + self.layers[2](y).relu() + self.layers[3](z).relu()
+
+
+def test_groups_that_interleave_stay_apart() -> None:
+    torch.manual_seed(0)
+    model, x = _Twice().eval(), torch.randn(32, 16)
+    batches = read_batches(model, [x])
+    graph = capture(model, batches[0])
+    with torch.no_grad():
+        equalize_activations(graph, batches, EqualizeActivations(), INT8)
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def _mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))

@@ -28,7 +28,7 @@ _ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75)
 _SEARCH_SAMPLES = 8
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     """Layers that read the same channels and must therefore share their scales."""
 
