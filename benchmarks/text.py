@@ -4,12 +4,12 @@
 
 At 4 and 3 bits activations stay float. stories260K: nats per token over stories 400 to 699, weights by groups of 32
 inputs, calibrated on the first 49,152 tokens of stories 0 to 399. MiniLM: 100 x Spearman's rank correlation on STS-B's
-test pairs, weights per channel or by groups of 32, calibrated on the 256 longest first sentences of its dev pairs. Since
-only weights are quantized, these are put into the float model, which then reads texts at their own lengths.
+test pairs, weights per channel or by groups of 32, calibrated on the 256 longest first sentences of its dev pairs. The
+quantized weights are put into the float model, which then reads texts at their own lengths.
 
 At 8 bits the recipe is ``int8`` (simulated), with and without activation equalization in front of its other steps;
-``taken_back`` is then of the loss without it. 32 of the calibration samples are used (MiniLM 64). Texts are padded to the length of the graph, which no result depends on:
-attention looks back only, or is masked.
+``taken_back`` is then of the loss without it. The first 32 calibration samples are used, for MiniLM 64. Texts are
+padded to the length of the graph, which no result depends on: attention looks back only, or is masked.
 """
 
 from __future__ import annotations
