@@ -83,6 +83,10 @@ EXACT: dict[str, tuple[Callable[[], Wrapped], tuple[int, ...]]] = {
     "conv": (lambda: Wrapped(nn.Conv2d(3, 8, 3, stride=2, padding=1)), IMAGE),
     "conv without bias": (lambda: Wrapped(nn.Conv2d(3, 8, 3, bias=False)), IMAGE),
     "conv, relu as a module": (lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), IMAGE),
+    "a layer called twice": (
+        lambda: Wrapped(nn.Conv2d(3, 3, 3, padding=1), call=lambda n, x: n.body(n.body(x))),
+        IMAGE,
+    ),
     "depthwise": (lambda: Wrapped(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)), IMAGE),
     "conv1d": (lambda: Wrapped(nn.Conv1d(3, 8, 3, dilation=2)), SEQUENCE),
     "conv3d": (lambda: Wrapped(nn.Conv3d(3, 4, 3)), VOLUME),
@@ -211,6 +215,19 @@ def test_what_is_averaged_after_the_dequantization_stays_float() -> None:
             return torch.cat([y, y], 1) * 2
 
     old = eager(Tail(nn.Conv2d(3, 8, 3)), x)
+    assert torch.equal(old(x), bs.migrate(old, x)(x))
+
+
+def test_parts_of_a_split_after_the_dequantization() -> None:
+    torch.manual_seed(6)
+    x = torch.randn(4, 3, 10, 10)
+
+    class Halves(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = super().forward(x).chunk(2, 1)
+            return first * 2 - second
+
+    old = eager(Halves(nn.Conv2d(3, 8, 3)), x)
     assert torch.equal(old(x), bs.migrate(old, x)(x))
 
 

@@ -227,11 +227,12 @@ class Program:
         exact = self.target.exact and name in _ELEMENTWISE and node.kwargs.get("alpha", 1) == 1
         return Step(node, lambda env: self._call(node, env, codes=False), kernel=EXACT_FLOAT if exact else "float")
 
-    def _followed_by_itself(self, node: fx.Node) -> bool:
-        """Whether everything that reads a moved value takes it on the same grid (or moves it on)."""
-        grid = self.grids[operands(node)[0]]
+    def _followed_by_itself(self, node: fx.Node, grid: Grid | None = None) -> bool:
+        """Whether everything that reads a moved value, or a part of it, takes it on the same grid."""
+        grid = grid or self.grids[operands(node)[0]]
         return all(
-            ((q := quantizer_of(user)) is not None and q.scale is grid.scale) or op_of(user).name == "getitem"
+            ((q := quantizer_of(user)) is not None and q.scale is grid.scale)
+            or (op_of(user).name == "getitem" and self._followed_by_itself(user, grid))
             for user in node.users
         )
 
