@@ -1,6 +1,6 @@
 """How long the doctor takes on whole networks, static rules and all: `python -m benchmarks.doctor [--csv rows.csv]`.
 
-Each network is examined in turn for three rounds with random weights, for onnxruntime and for a TIDL device; the time
+Each network, with random weights, is examined in turn for some rounds, for onnxruntime and for a TIDL device; the time
 is the median of the rounds, capture included. The models are built before the clock starts.
 """
 
@@ -40,16 +40,19 @@ def main() -> None:
     """Time every network for every target, and keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     torch.manual_seed(0)
     seconds: dict[tuple[str, str], list[float]] = {}
     findings: dict[tuple[str, str], int] = {}
-    for _ in range(ROUNDS):
-        for name, (model, example) in nets().items():
+    built = nets()
+    for _ in range(options.rounds):
+        for name, (model, example) in built.items():
             for target in ("onnxruntime", "tda4vm"):
                 diagnosis = bs.doctor(model, example, target=target)
                 seconds.setdefault((name, target), []).append(diagnosis.seconds)
                 findings[name, target] = len(diagnosis.findings)
+                print(name, target, f"{diagnosis.seconds:.2f} s", flush=True)
     header = ("net", "target", "median_s", "max_s", "findings", "threads")
     rows = [
         (*key, round(median(taken), 2), round(max(taken), 2), findings[key], torch.get_num_threads())

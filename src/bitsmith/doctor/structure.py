@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..capture import evaluation_mode
+from ..capture.inputs import first_samples
 from ..capture.ops import layer_of, op_of
 from .rule import Note, rule
 from .subject import Subject, innermost, shape_of
@@ -105,7 +106,7 @@ def unused_parameters(subject: Subject) -> Iterator[Note]:
 
 def _unused(subject: Subject) -> list[str]:
     parameters = {n: p.detach().requires_grad_() for n, p in subject.model.named_parameters() if p.is_floating_point()}
-    args, kwargs = tree_map_only(Tensor, torch.clone, subject.arguments)
+    args, kwargs = tree_map_only(Tensor, torch.clone, first_samples(subject.arguments, 1))
     with evaluation_mode(subject.model), torch.enable_grad():
         try:
             outputs = functional_call(subject.model, parameters, args, kwargs)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx, nn
 
 from ..capture import capture, copy_graph, evaluation_mode
-from ..capture.inputs import Arguments, sample_count
+from ..capture.inputs import Arguments, first_samples, sample_count
 from ..capture.ops import op_of
 from ..errors import CaptureError
 from ..place.macs import size_of
@@ -123,7 +123,7 @@ class Subject:
             for module in self.model.modules()
             if not any(True for _ in module.children())
         ]
-        args, kwargs = self.arguments
+        args, kwargs = first_samples(self.arguments, 1)
         try:
             with evaluation_mode(self.model), torch.no_grad():
                 self.model(*args, **kwargs)
