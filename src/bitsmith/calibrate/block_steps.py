@@ -96,9 +96,10 @@ class BlockSteps:
 
         def report(done: int, of: int) -> None:
             if walk.progress is not None:
+                stages = len(block.stages) * done // of  # learning takes nearly all of the time of a block's stages
                 left = (time.perf_counter() - began) / max(done, 1) * (of - done)
                 text = f"{block.name}: {done} of {of} iterations" + (f", {left:.0f} s left" if done else "")
-                walk.progress(first, len(walk.stages), text)
+                walk.progress(first + stages, len(walk.stages), text)
 
         float_inputs = isinstance(self.step, LearnedRounding) and self.step.inputs == "float"
         samples = Samples(walk, block, self.device, self.learned, float_inputs=float_inputs)

@@ -9,7 +9,7 @@ import typer
 
 from . import options as o
 from .app import app
-from .quantize import finish, say
+from .quantize import finish, hushed, say
 
 
 @app.command()
@@ -18,13 +18,17 @@ def demo(
     recipe: o.Recipe = "int8",
     target: o.Target = "onnxruntime",
     latency: o.Latency = True,
+    sensitivity: o.Sensitivity = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Run the whole job on a small digits network."""
     from ..demo import digits, digits_net, one_thread
     from ..evaluate import ArrayData
     from ..evaluate.job import Job, JobSettings, check_settings, run_job
 
-    settings = check_settings(JobSettings(recipe=recipe, target=target, latency=latency, latency_seconds=1.0))
+    settings = check_settings(
+        JobSettings(recipe=recipe, target=target, latency=latency, sensitivity=sensitivity, latency_seconds=1.0)
+    )
     train, test = digits()
     job = Job(
         digits_net(),
@@ -35,5 +39,5 @@ def demo(
         say=say,
     )
     with one_thread():
-        result = run_job(job, output)
+        result = run_job(hushed(job, quiet), output)
     finish(result)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import options as o
 from .app import NOT_CERTIFIED, app
 
 
@@ -18,17 +19,20 @@ def verify(
         Path, typer.Argument(help="What 'bitsmith quantize' wrote, or model.onnx in it", metavar="FOLDER")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON")] = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Check that the file in FOLDER computes what was measured.
 
     Exit status 3 when it does not compute the same.
     """
     from ..errors import VerificationError
+    from ..evaluate.progress import progress_callback
     from ..report.render import certificate_line, certificate_table
     from ..verify import verify_folder
 
     file = folder if folder.is_file() else None
-    certificate = verify_folder(folder if file is None else file.parent)
+    with progress_callback(False if quiet else None, "verifying"):
+        certificate = verify_folder(folder if file is None else file.parent)
     if file is not None and certificate.file != file.name:
         raise VerificationError(f"{file} has no certificate: the one in its folder is about {certificate.file}")
     data = certificate.model_dump(mode="json")

@@ -76,6 +76,11 @@ UserMetric = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the drawing of samples")]
 Latency = Annotated[bool, typer.Option("--latency/--no-latency", help="Measure speed of both files")]
 
+Sensitivity = Annotated[
+    bool, typer.Option("--sensitivity", help="Also measure what each layer costs, and propose which to keep finer")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of the work, only its result")]
+
 IMAGENET_MEAN = "0.485,0.456,0.406"
 IMAGENET_STD = "0.229,0.224,0.225"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,12 +39,15 @@ def quantize(
     std: o.Std = o.IMAGENET_STD,
     metric: o.UserMetric = None,
     latency: o.Latency = True,
+    sensitivity: o.Sensitivity = False,
     seed: o.Seed = 0,
+    quiet: o.Quiet = False,
 ) -> None:
     """Quantize MODEL into a verified file.
 
-    OUTPUT gets model.onnx (for MAX78000 model.pth.tar and model.yaml), recipe.yaml, report.json and what
-    'bitsmith verify' needs: all of it, or nothing. A table of accuracy, size and speed ends the work.
+    OUTPUT gets model.onnx (for MAX78000 model.pth.tar and model.yaml), recipe.yaml, report.json, the same as a
+    page, report.html, and what 'bitsmith verify' needs: all of it, or nothing. A table of accuracy, size and speed ends
+    the work.
     """
     from ..evaluate.job import JobSettings, run_job
 
@@ -56,11 +59,12 @@ def quantize(
         opset=opset,
         memory=memory,
         latency=latency,
+        sensitivity=sensitivity,
     )
     images = o.preprocess(resize, crop, mean, std)
     drawing = Drawing(calibration_samples, validation_samples, seed)
     job = make_job(model, weights, calibration, validation, drawing, images, metric, settings)
-    finish(run_job(job, output))
+    finish(run_job(hushed(job, quiet), output))
 
 
 @app.command()
@@ -84,6 +88,7 @@ def evaluate(
     std: o.Std = o.IMAGENET_STD,
     metric: o.UserMetric = None,
     seed: o.Seed = 0,
+    quiet: o.Quiet = False,
 ) -> None:
     """Try a recipe on MODEL: accuracy and every layer's SQNR.
 
@@ -97,6 +102,7 @@ def evaluate(
     images = o.preprocess(resize, crop, mean, std)
     drawing = Drawing(calibration_samples, validation_samples, seed)
     job = make_job(model, weights, calibration, validation, drawing, images, metric, settings)
+    job = hushed(job, quiet)
     finish(simulate(job)[0] if output is None else run_job(job, output), layers=True)
 
 
@@ -147,6 +153,11 @@ def _check_dynamic(settings: JobSettings, validation: str | None) -> None:
         raise typer.BadParameter("the recipe needs data to find ranges with", param_hint="--calibration-dir")
     if validation is None:
         raise typer.BadParameter("a file is made and judged with data: give some", param_hint="--validation-dir")
+
+
+def hushed(job: Job, quiet: bool) -> Job:
+    """The job, without a word or a bar while it works if ``quiet``."""
+    return replace(job, show_progress=False, say=lambda _: None) if quiet else job
 
 
 def say(line: str) -> None:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ..calibrate import parse_memory
 from ..deployment import deploy
-from ..errors import DataError, ExportError, MissingExtraError, VerificationError
+from ..errors import BitsmithError, DataError, ExportError, MissingExtraError, VerificationError
 from ..export import export_ai8x, export_onnx
 from ..files import staged_dir, write_text
 from ..flow import quantize
@@ -26,14 +25,14 @@ from ..report.model import Report
 from ..report.page import write_page
 from ..report.pictures import Pictures
 from ..report.write import look_at
-from ..sensitivity.model import Sensitivity
+from ..sensitivity import Sensitivity, sensitivity
 from ..storage import save
 from ..targets import get_target
 from ..verify import save_evidence, verify
 from ..verify.engines import EngineName, engine_for
 from .data import Data
 from .float_file import export_float_onnx
-from .latency import Latency, interleaved_latency, onnxruntime_runner, onnxruntime_session
+from .latency import Latency, latency_of_files
 from .metrics import Metric, Metrics, Recorder, evaluate, split_batch
 from .progress import progress_callback
 
@@ -62,6 +61,7 @@ class JobSettings(BaseModel):
     opset: int | None = None
     memory: str = "4GB"
     latency: bool = True
+    sensitivity: bool = False
     latency_seconds: float = Field(default=4.0, gt=0)
     latency_batches: tuple[int, ...] = (1, 8)
 
@@ -175,14 +175,15 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         inputs = batches[0]
         _write(job, quantized, folder)
         job.say("verifying the file against the integer executor and the simulation")
-        result.certificate = _certify(quantized, _file(job, folder), batches)
+        result.certificate = _certify(job, quantized, _file(job, folder), batches)
         engine = _engine(job.settings.target)
         deployed = deploy(_file(job, folder), engine=engine)
         result.metrics["deployed"] = _measure(job, deployed, f"file in {engine}", recorder)
         job.say(f"file in {engine}: {_headline(result.metrics['deployed'])}")
         _weigh(job, folder, inputs, result)
-        result.pictures = look_at(quantized, [inputs], job.model)
-        _draw(job, result, folder)
+        if job.settings.sensitivity:
+            _sensitivity(job, result)
+        _draw(job, quantized, inputs, result, folder)
         final = Path(output)
         names = [*sorted(entry.name for entry in folder.iterdir()), REPORT_FILE]
         result.files = {name: str(final / name) for name in names}
@@ -249,7 +250,7 @@ def _quantize(job: Job) -> Any:
         return quantize_dynamic(job.model, recipe, settings.target, example_inputs=(_sample_inputs(job.judged)[0], {}))
     job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, data {job.calibration.name}")
     start = time.perf_counter()
-    with progress_callback(job.show_progress) as show:
+    with progress_callback(job.show_progress, "capturing the model") as show:
         quantized = quantize(
             job.model,
             job.calibration,
@@ -278,23 +279,41 @@ def _write(job: Job, quantized: Any, folder: Path) -> None:
         return
     job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
     style: Literal["qdq", "qcdq"] = "qcdq" if job.settings.style == "qcdq" else "qdq"  # decided by check_settings
-    export_onnx(quantized, folder / MODEL_FILE, style=style, opset=job.settings.opset)
+    with progress_callback(job.show_progress, f"exporting {MODEL_FILE}"):
+        export_onnx(quantized, folder / MODEL_FILE, style=style, opset=job.settings.opset)
     recipe = folder / RECIPE_FILE
     if not recipe.exists():
         write_text(recipe, quantized.recipe.to_yaml())
 
 
-def _draw(job: Job, result: JobResult, folder: Path) -> None:
-    """The page, where what draws it is installed."""
+def _sensitivity(job: Job, result: JobResult) -> None:
+    """What each layer costs, and a proposal of which to keep at more bits; where that cannot be seen, a note."""
+    settings = job.settings
+    job.say("measuring what each layer costs")
+    with progress_callback(job.show_progress, "capturing the model") as show:
+        try:
+            result.sensitivity = sensitivity(
+                job.model, job.calibration, settings.recipe, settings.target, placement=settings.placement,
+                memory=settings.memory, progress=show,
+            )  # fmt: skip
+        except BitsmithError as error:
+            result.notes.append(f"sensitivity was not measured: {error}")
+
+
+def _draw(job: Job, quantized: Any, inputs: tuple[Any, ...], result: JobResult, folder: Path) -> None:
+    """What the plots show, and the page, where what draws it is installed."""
+    with progress_callback(job.show_progress, "looking at layers for the report"):
+        result.pictures = look_at(quantized, [inputs], job.model)
     try:
         write_page(result, folder / PAGE_FILE)
     except MissingExtraError as error:
         job.say(f"note: {error}")
 
 
-def _certify(quantized: Any, file: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:
+def _certify(job: Job, quantized: Any, file: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Verify the file on ``batches`` and keep some samples, so that it can be verified again anywhere."""
-    certificate = verify(quantized, file, batches)
+    with progress_callback(job.show_progress, "opening the file") as show:
+        certificate = verify(quantized, file, batches, progress=show)
     sample_bytes = sum(value[0].numel() * value.element_size() for value in batches[0])
     kept = max(1, min(KEPT_SAMPLES, KEPT_BYTES // max(sample_bytes, 1)))
     save_evidence(file.parent, quantized, certificate, (tuple(value[:kept] for value in batches[0]), {}))
@@ -318,33 +337,17 @@ def _weigh(job: Job, folder: Path, inputs: tuple[Any, ...], result: JobResult) -
     with tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch:
         float_file = Path(scratch, "float.onnx")
         try:
-            export_float_onnx(job.model, inputs, float_file)
+            with progress_callback(job.show_progress, "exporting the float model"):
+                export_float_onnx(job.model, inputs, float_file)
             result.sizes["float"] = _size(float_file)
             if job.settings.latency:
-                job.say("measuring latency of both files")
-                result.latency = _latency(float_file, folder / MODEL_FILE, inputs, job.settings)
+                job.say(f"measuring latency of both files, about {job.settings.latency_seconds:.0f} s")
+                files = {"float": float_file, "quantized": folder / MODEL_FILE}
+                result.latency = latency_of_files(
+                    files, inputs, batches=job.settings.latency_batches, seconds=job.settings.latency_seconds
+                )
         except (ExportError, VerificationError) as error:
             result.notes.append(str(error))
-
-
-def _latency(
-    float_file: Path, quantized: Path, inputs: tuple[Any, ...], settings: JobSettings
-) -> dict[str, dict[str, Latency]]:
-    """Times of both files for each batch size; where a file fixes its batch, for that one only."""
-    threads = torch.get_num_threads()
-    sessions = {"float": onnxruntime_session(float_file, threads)}
-    sessions["quantized"] = onnxruntime_session(quantized, threads)
-    fixed = [s.get_inputs()[0].shape[0] for s in sessions.values()]
-    sizes = next(((size,) for size in fixed if isinstance(size, int)), settings.latency_batches)
-    found = {}
-    for size in sizes:
-        arrays = [np.ascontiguousarray(np.resize(value.numpy(), (size, *value.shape[1:]))) for value in inputs]
-        runners = {}
-        for name, session in sessions.items():
-            names = [entry.name for entry in session.get_inputs()]
-            runners[name] = onnxruntime_runner(session, dict(zip(names, arrays)))
-        found[str(size)] = interleaved_latency(runners, seconds=settings.latency_seconds / len(sizes))
-    return found
 
 
 def _sample_inputs(data: Data) -> list[tuple[Any, ...]]:

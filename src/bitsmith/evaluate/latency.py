@@ -6,8 +6,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import VerificationError
@@ -85,3 +88,22 @@ def onnxruntime_runner(session: Any, inputs: Mapping[str, Any]) -> Callable[[], 
     """A function without arguments that runs ``session`` once on ``inputs``."""
     feeds = dict(inputs)
     return lambda: session.run(None, feeds)
+
+
+def latency_of_files(
+    files: Mapping[str, Path], inputs: tuple[Any, ...], *, batches: tuple[int, ...], seconds: float
+) -> dict[str, dict[str, Latency]]:
+    """Times of ONNX files in onnxruntime for each batch size; where one fixes its batch, for that one only."""
+    threads = torch.get_num_threads()
+    sessions = {name: onnxruntime_session(file, threads) for name, file in files.items()}
+    fixed = [s.get_inputs()[0].shape[0] for s in sessions.values()]
+    sizes = next(((size,) for size in fixed if isinstance(size, int)), batches)
+    found = {}
+    for size in sizes:
+        arrays = [np.ascontiguousarray(np.resize(value.numpy(), (size, *value.shape[1:]))) for value in inputs]
+        runners = {}
+        for name, session in sessions.items():
+            names = [entry.name for entry in session.get_inputs()]
+            runners[name] = onnxruntime_runner(session, dict(zip(names, arrays)))
+        found[str(size)] = interleaved_latency(runners, seconds=seconds / len(sizes))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ _PASSIVE = {"reshape", "transpose", "slice", "getitem", "max_pool", "pad", "resi
 
 def verify(
     q: QuantizedModel | DynamicModel, path: str | Path, inputs: Any, *, engine: EngineName | None = None,
-    max_lsb: float | None = None,
+    max_lsb: float | None = None, progress: Callable[[int, int, str], None] | None = None,
 ) -> Certificate:  # fmt: skip
     """Hold an exported file against the model it came from, on ``inputs`` (batches, as for calibration).
 
@@ -54,7 +54,9 @@ def verify(
     runtime = open_verifiable(path, engine_of(path, engine, engine_for(q.target.engine)))
     batches = _batches(q, inputs)
     executor, comparison = q.integer_executor(), _Comparison(q, runtime)
-    for batch in batches:
+    for done, batch in enumerate(batches):
+        if progress is not None:
+            progress(done, len(batches), "verifying the file")
         comparison.add(batch, executor)
     return certify(q, Path(path), runtime, comparison.outputs(), comparison.samples, comparison.top1(), max_lsb)
 
