@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,3 +193,15 @@ def test_the_front_is_what_no_other_beats() -> None:
     front = pareto_front(points)  # type: ignore[arg-type]
     assert front.isdisjoint(beaten)
     assert {points[i] for i in front} == {p for i, p in enumerate(points) if i not in beaten}
+
+
+def test_every_key_of_report_json_is_on_the_page() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    schema = JobResult.model_json_schema()
+    keys = {
+        key
+        for name in ("LayerReport", "Coverage", "StepReport", "RangeReport", "Report", "Pictures", "Histogram")
+        for key in schema["$defs"][name]["properties"]
+    }
+    written = set(re.findall(r"[`.](\w+)", text))
+    assert sorted((keys | schema["properties"].keys()) - written) == []

@@ -24,7 +24,7 @@ from .samples import Samples
 from .state import State
 
 if TYPE_CHECKING:
-    from .walk import Walk
+    from .walk import Progress, Walk
 
 
 def learns_from_minibatches(step: Any) -> TypeGuard[Reconstruct | LearnedRounding]:
@@ -35,11 +35,25 @@ def learns_from_minibatches(step: Any) -> TypeGuard[Reconstruct | LearnedRoundin
 _HELD_OUT = 0.15  # of the samples: they judge what was learned from the others
 
 
+def _never_back(progress: Progress) -> Progress:
+    """A block's stages are reported while it learns, and again when they are run: these do not count back."""
+    reached = 0
+
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal reached
+        reached = max(reached, done)
+        progress(reached, total, what)
+
+    return report
+
+
 class BlockSteps:
     """Runs a step that learns from minibatches, on one block after the other."""
 
     def __init__(self, walk: Walk, step: Reconstruct | LearnedRounding | None) -> None:
         self.walk, self.step = walk, step
+        if step is not None and walk.progress is not None:
+            walk.progress = _never_back(walk.progress)
         self.device = _device(step)
         self.learned, self.judged = _split(walk.counts[: walk.quantized_chunks], _HELD_OUT)
         self.log: list[StepLog] = []

@@ -48,8 +48,6 @@ def progress_callback(enabled: bool | None = None, what: str = "") -> Iterator[C
         task = bar.add_task(what[:_WIDTH], total=None)
 
         def show(done: int, total: int, what: str) -> None:
-            # Work that learns reports a block's stages before they are run: the bar does not go back for these.
-            done = max(done, int(bar.tasks[task].completed))
             bar.update(task, completed=done, total=total, description=what.removeprefix("quantizers.")[:_MOST])
 
         yield show
