@@ -15,6 +15,7 @@ from .steps import (
     BiasCorrection,
     FoldBatchNorm,
     Gptq,
+    Qronos,
     Reconstruct,
     ReestimateBatchNorm,
     Step,
@@ -171,7 +172,7 @@ def bits_recipe(
 
 
 def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "best"]) -> Recipe:
-    """``fast`` rounds by GPTQ (seconds, no training); ``best`` then learns blocks (minutes), kept where they gain.
+    """``fast`` rounds column by column (seconds, no training); ``best`` then learns blocks (minutes), where they gain.
 
     As the literature has it, the first and the last layer and what they read have 8 bits where weights have less than
     4 bits or activations 4 or less.
@@ -179,11 +180,14 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     ends = bits_recipe(8, 8)
     few = weight_bits < 4 or activation_bits <= 4
     overrides = [Override(match=end, weights=ends.weights, activations=ends.activations) for end in ("first", "last")]
-    gptq = Gptq(asymmetric=True, scales=16 if weight_bits <= 4 else 1)
-    learning = (Reconstruct(drop=0.0),) if effort == "best" else ()
+    rounding: Step = Qronos() if weight_bits <= 4 else Gptq(asymmetric=True)
+    # 400 iterations, with half of the activations left as they are, are less prone to fit the calibration set only
+    learning = (Reconstruct(iterations=400),) if effort == "best" else ()
+    learned = effort == "best" and weight_bits <= 4
+    moments: Step = ReestimateBatchNorm() if few or learned else BiasCorrection()
     recipe = bits_recipe(
         weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
-        steps=(FoldBatchNorm(), gptq, *learning, BiasCorrection()), overrides=tuple(overrides) if few else (),
+        steps=(FoldBatchNorm(), rounding, *learning, moments), overrides=tuple(overrides) if few else (),
     )  # fmt: skip
     if activation_bits > 4 or recipe.activations is None:
         return recipe

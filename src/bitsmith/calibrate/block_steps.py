@@ -112,7 +112,8 @@ class BlockSteps:
             if walk.progress is not None:
                 stages = len(block.stages) * done // of  # learning takes nearly all of the time of a block's stages
                 left = (time.perf_counter() - began) / max(done, 1) * (of - done)
-                text = f"{block.name}: {done} of {of} iterations" + (f", {left:.0f} s left" if done else "")
+                # the time first: where there is little room, what comes behind is cut off
+                text = (f"{left:.0f} s left in " if done else "") + f"{block.name}: {done} of {of} iterations"
                 walk.progress(first + stages, len(walk.stages), text)
 
         float_inputs = isinstance(self.step, LearnedRounding) and self.step.inputs == "float"
