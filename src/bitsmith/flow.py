@@ -90,8 +90,22 @@ def quantize(
             hooked.report.notes[:0] = [_TRAIN_MODE] if was_training else []
             return hooked
     clock.lap("capture")
-    notes = [_TRAIN_MODE] if was_training else []
-    notes += graph.meta.get("notes", [])
+    return quantize_graph(
+        graph, batches, recipe, target, inspect.signature(model.forward), memory=memory, noise_samples=samples,
+        progress=progress, resume=resume, notes=[_TRAIN_MODE] if was_training else [], seconds=seconds,
+    )  # fmt: skip
+
+
+def quantize_graph(
+    graph: fx.GraphModule, batches: list[Arguments], recipe: Recipe, target: Target, signature: inspect.Signature, *,
+    memory: str | int = "4GB", noise_samples: int | None = None, progress: Progress | None = None,
+    resume: str | Path | None = None, notes: Iterable[str] = (), seconds: dict[str, float] | None = None,
+) -> QuantizedModel:  # fmt: skip
+    """The part of ``quantize`` behind capture; ``graph`` is changed, so give a copy to keep it for other recipes."""
+    seconds = {} if seconds is None else seconds
+    clock = _Clock(seconds)
+    samples = noise_samples or recipe.samples
+    notes = [*notes, *graph.meta.get("notes", [])]
     graph, prepared = prepare(graph, recipe, batches, partial(output_sqnr, batches, recipe, target))
     notes += prepared
     clock.lap("prepare")
@@ -103,7 +117,7 @@ def quantize(
         steps=recipe.steps, progress=progress, resume=None if resume is None else Path(resume),
     )  # fmt: skip
     clock.lap("calibrate")
-    return finish(graph, recipe, target, placed, log, notes, seconds, inspect.signature(model.forward))
+    return finish(graph, recipe, target, placed, log, notes, seconds, signature)
 
 
 def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
