@@ -58,4 +58,4 @@ _UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True}
 _pass_on("ai8x", "Quantize a checkpoint of ai8x-training for MAX78000 or MAX78002.")
 _pass_on("ai8x-inspect", "Show and check a checkpoint that is quantized for MAX78000 or MAX78002.")
 
-from . import demo, doctor, inspect, quantize  # noqa: E402, F401  (they register their commands on app)
+from . import demo, doctor, inspect, quantize, sweep  # noqa: E402, F401  (they register their commands on app)

@@ -1,0 +1,166 @@
+"""``bitsmith sweep``: many configurations, in a store that survives."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .app import app
+
+if TYPE_CHECKING:
+    from ..sweep.local import Engine
+
+sweep = typer.Typer(no_args_is_help=True, help="Run many configurations; a killed sweep goes on where it was.")
+app.add_typer(sweep, name="sweep")
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that 'sweep run' wrote")]
+
+
+@sweep.command()
+def run(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.YAML", help="models, seeds, grid or runs, constraints")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the store, which sweeps may share")],
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or a Ray cluster")] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray: the cluster's address [default: a local one]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="One thread each [default: the cores]")] = None,
+    gpus: Annotated[float, typer.Option(min=0.0, help="Ray: GPUs of each worker, fractions too")] = 0.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often to try again when a worker dies")] = 2,
+    retry_failed: Annotated[bool, typer.Option(help="Run rows again that failed before")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress")] = False,
+) -> None:
+    """Run every configuration of GRID.YAML that the store does not have yet."""
+    from ..sweep import load_sweep, run_sweep
+
+    if engine == "local" and (address is not None or gpus):
+        raise typer.BadParameter("--address and --gpus go with --engine ray")
+    read = load_sweep(grid)
+    counts = run_sweep(
+        read, output, _engine(engine, workers or os.cpu_count() or 1, address, gpus, retries),
+        retry_failed=retry_failed, watch=_progress(quiet),
+    )  # fmt: skip
+    print(_line(counts))
+
+
+@sweep.command()
+def show(
+    folder: Folder,
+    once: Annotated[bool, typer.Option(help="Print the table once, also on a terminal")] = False,
+) -> None:
+    """Show the rows, live on a terminal until all are finished."""
+    from ..sweep import Store
+
+    store = Store(folder, create=False)
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(_table(store.rows()))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(_table(store.rows()[-console.height + 8 :], store.counts()), refresh=True)
+            if not store.counts().keys() & {"pending", "running"}:
+                return
+            time.sleep(1.0)
+
+
+@sweep.command()
+def best(
+    folder: Folder,
+    recipe: Annotated[str | None, typer.Option(metavar="KEY", help="Print this row's recipe as YAML instead")] = None,
+) -> None:
+    """Show the best configuration for each class of hardware."""
+    from ..recipe import Recipe
+    from ..sweep import Store, best_rows
+
+    store = Store(folder, create=False)
+    if recipe is not None:
+        print(Recipe.model_validate(store.recipe(recipe)).to_yaml(), end="")
+        return
+    Console().print(_table(best_rows(store.rows())))
+
+
+@sweep.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .csv or .parquet file")],
+) -> None:
+    """Write all rows as CSV or Parquet."""
+    from ..sweep import Store, export_rows
+
+    export_rows(Store(folder, create=False).rows(), output)
+
+
+def _engine(name: str, workers: int, address: str | None, gpus: float, retries: int) -> Engine:
+    if name == "ray":
+        from ..sweep.ray_engine import RayEngine
+
+        return RayEngine(workers, address, gpus, retries)
+    from ..sweep.local import LocalEngine
+
+    return LocalEngine(workers, retries)
+
+
+def _progress(quiet: bool) -> Any:
+    """Say how far it is and how long it still takes, on a terminal only."""
+    start, first = time.monotonic(), -1
+
+    def watch(counts: dict[str, int]) -> None:
+        nonlocal first
+        if quiet or not sys.stderr.isatty():
+            return
+        done = counts.get("done", 0) + counts.get("failed", 0)
+        first = done if first < 0 else first
+        left = counts.get("pending", 0) + counts.get("running", 0)
+        pace = (time.monotonic() - start) / (done - first) if done > first else 0.0
+        rest = f", about {pace * left:.0f} s left" if pace and left else ""
+        print(f"\r\033[K{_line(counts)}{rest}", end="" if left else "\n", file=sys.stderr, flush=True)
+
+    return watch
+
+
+def _line(counts: dict[str, int]) -> str:
+    return ", ".join(f"{counts[name]} {name}" for name in sorted(counts))
+
+
+_COLUMNS = {
+    "model": "model", "target": "target", "placement": "placement", "weight_bits": "w", "activation_bits": "a",
+    "per_channel": "per channel", "power_of_two": "po2", "seed": "seed", "status": "status", "float_top1": "float",
+    "top1": "top-1", "mean": "mean", "sqnr_db": "SQNR dB", "bytes": "bytes", "short": "key",
+}  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]], counts: dict[str, int] | None = None) -> Table:
+    """Rows with the columns that differ or measure something; the options that differ as one column."""
+    rows = [{**row, "short": row["key"][:8]} for row in rows]
+    shown = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
+    fixed = {"target", "placement", "seed", "model"}
+    shown = [name for name in shown if name not in fixed or len({str(row.get(name)) for row in rows}) > 1]
+    table = Table(*(_COLUMNS[name] for name in shown), "options or reason", caption=_line(counts) if counts else None)
+    options = {name: 0 for row in rows for name in row if name.startswith("option.")}.keys() - _IN_COLUMNS
+    differing = [name for name in sorted(options) if len({str(row.get(name)) for row in rows}) > 1]
+    for row in rows:
+        said = row.get("reason") or ", ".join(
+            f"{name.removeprefix('option.')} {row[name]}" for name in differing if row.get(name) is not None
+        )
+        table.add_row(*(_cell(row.get(name)) for name in shown), str(said).replace("[", "\\["))
+    return table
+
+
+_IN_COLUMNS = {
+    f"option.{name}"
+    for name in ("weight-bit-width", "act-bit-width", "weight-quant-granularity", "scale-factor-type", "target-backend")
+}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

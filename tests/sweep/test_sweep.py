@@ -1,0 +1,224 @@
+"""Sweeps: what is run, what the store keeps through kills, and that engines agree to the digit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitsmith.errors import DataError, RecipeError
+from bitsmith.sweep import Store, Sweep, export_rows, load_sweep, run_sweep
+from bitsmith.sweep.grid import Configuration, Constraint
+from bitsmith.sweep.local import LocalEngine
+
+DIGITS = {
+    "model": "bitsmith.demo:digits_net",
+    "calibration": "bitsmith.demo.data:calibration",
+    "validation": "bitsmith.demo.data:validation",
+    "calibration_samples": 50,
+    "validation_samples": 50,
+}
+GRID = {"models": [DIGITS], "grid": {"weight-bit-width": [8, 4], "act-bit-width": [8, 4]}}
+
+
+class InstantEngine:
+    """Runs nothing: every configuration's result is its key."""
+
+    def __init__(self, slots: int = 2) -> None:
+        self.slots = slots
+        self.given: list[str] = []
+        self._open: list[str] = []
+
+    def submit(self, key: str, work: dict[str, Any]) -> None:
+        self.given.append(key)
+        self._open.append(key)
+
+    def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+        done, self._open = self._open, []
+        return [(key, {"result": {"top1": 1.0}, "seconds": 0.0}) for key in done]
+
+    def close(self) -> None:
+        pass
+
+
+def test_constraints_and_refusals_become_rows_with_their_reason(tmp_path: Path) -> None:
+    sweep = Sweep.model_validate(
+        {
+            **GRID,
+            "runs": [{"gpfq-p": 0.5}, {"weight-bit-width": 99}],
+            "constraints": [{"forbid": {"weight-bit-width": [4, 3], "act-bit-width": 4}, "reason": "too few bits"}],
+        }
+    )
+    assert run_sweep(sweep, tmp_path, InstantEngine()) == {"done": 3, "skipped": 3}
+    reasons = [row["reason"] for row in Store(tmp_path).rows() if row["status"] == "skipped"]
+    assert reasons[0] == "too few bits"
+    assert "gpfq-p" in reasons[1]
+    assert "99 bits" in reasons[2]
+
+
+def test_a_constraint_holds_only_where_all_its_options_do() -> None:
+    constraint = Constraint(forbid={"a": [1, 2], "b": 3}, reason="r")
+    assert constraint.forbids({"a": 2, "b": 3})
+    assert not constraint.forbids({"a": 2, "b": 4})
+    assert not constraint.forbids({"a": 2})
+
+
+def test_finished_rows_are_not_run_again_and_what_means_the_same_is_one_row(tmp_path: Path) -> None:
+    sweep = Sweep.model_validate({**GRID, "runs": [{"weight-bit-width": 8, "act-bit-width": 8}]})
+    first, second = InstantEngine(), InstantEngine()
+    assert run_sweep(sweep, tmp_path, first) == {"done": 4}
+    wider = Sweep.model_validate({**GRID, "grid": {**GRID["grid"], "weight-bit-width": [8, 4, 3]}})  # type: ignore[dict-item]
+    assert run_sweep(wider, tmp_path, second) == {"done": 6}
+    assert (len(first.given), len(second.given)) == (4, 2)
+
+
+def test_two_stores_on_one_file_never_claim_the_same_row(tmp_path: Path) -> None:
+    one, two = Store(tmp_path), Store(tmp_path)
+    work = {"model": {"model": "m"}, "seed": 0, "target": "onnxruntime", "recipe": {}}
+    one.register(Configuration(str(i), work, {}, None) for i in range(20))
+    claims = []
+    while (claimed := (one, two)[len(claims) % 2].claim()) is not None:
+        claims.append(claimed[0])
+    assert sorted(claims, key=int) == [str(i) for i in range(20)]
+
+
+def test_rows_of_a_dead_sweep_come_back_and_those_of_a_living_one_do_not(tmp_path: Path) -> None:
+    work = {"model": {"model": "m"}, "seed": 0, "target": "onnxruntime", "recipe": {}}
+    store, other = Store(tmp_path), Store(tmp_path)
+    store.register([Configuration("a", work, {}, None), Configuration("b", work, {}, None)])
+    other.owner = "elsewhere:1:?"
+    store.claim()
+    other.claim()
+    third = Store(tmp_path)
+    third.owner = "another:1:?"
+    third.alive()
+    assert third.counts() == {"running": 2}
+    with sqlite3.connect(tmp_path / "sweep.sqlite") as db:
+        db.execute("UPDATE runs SET seen = seen - 1000")
+    third.alive()  # the one on this machine is a process that lives, silent or not
+    assert third.counts() == {"running": 1, "pending": 1}
+
+
+def test_failures_are_rows_and_are_run_again_on_request(tmp_path: Path) -> None:
+    broken = Sweep.model_validate({"models": [{**DIGITS, "model": "bitsmith.demo:nothing"}], "runs": [{}]})
+    assert run_sweep(broken, tmp_path, LocalEngine(1)) == {"failed": 1}
+    assert "has no 'nothing'" in Store(tmp_path).rows()[0]["reason"]
+    engine = InstantEngine()
+    assert run_sweep(broken, tmp_path, engine) == {"failed": 1}
+    assert run_sweep(broken, tmp_path, engine, retry_failed=True) == {"done": 1}
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    class Killing(LocalEngine):
+        killed = False
+
+        def submit(self, key: str, work: dict[str, Any], attempt: int = 0) -> None:
+            super().submit(key, work, attempt)
+            if not self.killed:
+                self.killed = True
+                next(iter(self._busy.values()))[0].kill()
+
+    sweep = Sweep.model_validate(GRID)
+    assert run_sweep(sweep, tmp_path / "a", Killing(1)) == {"done": 4}
+    assert run_sweep(sweep, tmp_path / "b", LocalEngine(2)) == {"done": 4}
+    assert _results(tmp_path / "a") == _results(tmp_path / "b")
+
+
+def test_kill_9_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """20 times on a sweep whose rows cost little, so that kills fall between all statements."""
+    script = tmp_path / "sweep_many.py"
+    script.write_text(
+        "import sys, time\n"
+        "from bitsmith.sweep.grid import Configuration\n"
+        "from bitsmith.sweep.store import Store\n"
+        "store = Store(sys.argv[1])\n"
+        "work = {'model': {'model': 'm'}, 'seed': 0, 'target': 'onnxruntime', 'recipe': {}}\n"
+        "store.register(Configuration(str(i), work, {}, None) for i in range(400))\n"
+        "store.alive()\n"
+        "print('started', flush=True)\n"
+        "while (claimed := store.claim()) is not None:\n"
+        "    time.sleep(0.002)\n"
+        "    with open(sys.argv[2], 'a') as log: log.write(claimed[0] + '\\n')\n"
+        "    store.finish(claimed[0], {'result': {'top1': int(claimed[0])}, 'seconds': 0.0})\n"
+    )
+    log, random_times = tmp_path / "log", random.Random(0)
+    for _ in range(20):
+        child = subprocess.Popen([sys.executable, script, tmp_path, log], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(random_times.uniform(0.0, 0.06))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    subprocess.run([sys.executable, script, tmp_path, log], check=True, stdout=subprocess.DEVNULL)
+    rows = Store(tmp_path).rows()
+    assert sorted(int(row["key"]) for row in rows) == list(range(400))
+    assert all(row["status"] == "done" and row["top1"] == int(row["key"]) for row in rows)
+    assert len(log.read_text().split()) <= 400 + 20  # of each kill, one row at most is done again
+
+
+def test_tables_leave_as_csv_and_parquet(tmp_path: Path) -> None:
+    rows = [{"key": "a", "top1": 1.5, "option.bias": "None"}, {"key": "b", "option.bias": 3}]
+    export_rows(rows, tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open() as file:
+        assert [row["top1"] for row in csv.DictReader(file)] == ["1.5", ""]
+    with pytest.raises(DataError, match="csv or"):
+        export_rows(rows, tmp_path / "t.xls")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra 'sweep', is not installed")
+    export_rows(rows, tmp_path / "t.parquet")
+    assert parquet.read_table(tmp_path / "t.parquet").to_pylist()[1] == {"key": "b", "top1": None, "option.bias": "3"}
+
+
+def test_files_that_say_nothing_are_refused_by_field(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("models: []\ngrdi: {}\n")
+    with pytest.raises(RecipeError, match="grdi"):
+        load_sweep(path)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_rows_though_a_worker_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra 'sweep', is not installed")
+    from bitsmith.sweep.ray_engine import RayEngine
+
+    class Killing(RayEngine):
+        waits = 0
+
+        def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
+            finished = super().wait(seconds)
+            if finished and not self.waits:
+                self.waits = 1
+                workers = subprocess.run(["pgrep", "-f", "^ray::_run"], capture_output=True, text=True, check=False)
+                own = [int(pid) for pid in workers.stdout.split() if _descends(int(pid), os.getpid())]
+                if own:
+                    os.kill(own[0], signal.SIGKILL)
+                    self.waits = 2
+            return finished
+
+    sweep = Sweep.model_validate(GRID)
+    assert run_sweep(sweep, tmp_path / "local", LocalEngine(2)) == {"done": 4}
+    engine = Killing(2)
+    assert run_sweep(sweep, tmp_path / "ray", engine) == {"done": 4}
+    assert engine.waits == 2
+    assert _results(tmp_path / "local") == _results(tmp_path / "ray")
+
+
+def _descends(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "attempts")} for row in Store(folder).rows()]
