@@ -91,7 +91,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, float_file: Path) -> dict[str, Any]:
         session = onnxruntime_session(path, 1)
         return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
-    def certificate(*_: Any) -> Certificate:
+    def certificate(*_: Any, **__: Any) -> Certificate:
         passed = seen["lsb"] == 0
         return Certificate(
             lsb=seen["lsb"], passed=passed, verdict="PASSED: 0 LSB" if passed else "FAILED: differs by 3 LSB"
