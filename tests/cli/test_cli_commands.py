@@ -167,6 +167,7 @@ def test_quantize_writes_everything_and_prints_the_table(calls: dict[str, Any], 
         "certificate.json",
         "model.onnx",
         "recipe.yaml",
+        "report.html",
         "report.json",
         "state.safetensors",
     ]
