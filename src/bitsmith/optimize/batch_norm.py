@@ -30,8 +30,8 @@ class ChannelMoments(ChannelMean):
     def update(self, x: Tensor) -> None:
         """Add one chunk."""
         super().update(x)
-        dims = [d for d in range(x.ndim) if d != self.axis % x.ndim]
-        squares = torch.linalg.vector_norm(x, dim=dims).double().square()
+        rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])  # a view of what lies channels last
+        squares = rows.square().sum(0).double()
         self.squares = squares if self.squares is None else self.squares + squares
 
     @property
