@@ -141,7 +141,7 @@ def depthwise_share(subject: Subject) -> Iterator[Note]:
         "warning" if per_tensor else "note", type(subject.model).__name__,
         f"{depthwise} of {len(convolutions)} convolutions are depthwise: expect a larger loss at 8 bits"
         + (f", since {subject.target.name} has one scale for all their channels" if per_tensor else ""),
-        "bs.prepare_qat(...) and a short training, or a network without them such as RegNetX" if per_tensor else
+        "a short training with bs.nn layers, or a network without them such as RegNetX" if per_tensor else
         "keep weight scales per channel (recipe 'int8'); with a loss, try recipe 'w8a8-best'",
     )  # fmt: skip
 

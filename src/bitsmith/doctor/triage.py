@@ -89,7 +89,7 @@ def judge(
         names = ", ".join(list(weakest)[:3])
         return "quantization", (
             f"{numbers}: it is the 8 bits. The weakest layers are {names}: try {better}, then 16 bits for these, "
-            "then bs.prepare_qat"
+            "then training with bs.nn's layers"
         )
     return "none", f"{numbers}: there is no loss to speak of"
 
