@@ -47,7 +47,8 @@ def weight_ranges(subject: Subject) -> Iterator[Note]:
         if ratio > _CHANNEL_RATIO and per_tensor:
             yield Note(
                 "warning", node, f"channel ranges differ by {ratio:,.0f} to 1, and {subject.target.name} has one scale "
-                "for all: the smallest channels round to zero", "add step 'equalize' to the recipe, or train with bs.nn's layers",
+                "for all: the smallest channels round to zero",
+                "add step 'equalize' to the recipe, or train with bs.nn's layers",
             )  # fmt: skip
         elif ratio > _CHANNEL_RATIO:
             yield Note(
