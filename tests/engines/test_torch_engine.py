@@ -133,7 +133,7 @@ def test_files_of_depthwise_layers_do_not_saturate(tmp_path):
     q = bs.quantize(net, [x], target="torch")
     file = torch.jit.load(bs.export_torchscript(q, tmp_path / "m.pt"))
     assert torch.equal(file(x), q(x))
-    assert (q(x) - net(x)).abs().max() < 0.1
+    assert (q(x) - net(x)).abs().max() < 0.5  # of sums up to 9; cut off, they would end at 4.6
 
 
 def test_qcdq_file_stores_integers(tmp_path):

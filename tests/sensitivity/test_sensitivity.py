@@ -110,7 +110,7 @@ def test_steps_that_round_do_not_blur_it(net: Net, data: list[Tensor]) -> None:
 def test_a_quantized_model_is_taken_while_its_float_layers_are_there(net: Net, data: list[Tensor]) -> None:
     q = bs.quantize(net, data, recipe())
     assert bs.sensitivity(q, data).all_db == bs.sensitivity(net, data, recipe()).all_db
-    with pytest.raises(DataError, match=r"gptq.* changed parameters"):
+    with pytest.raises(DataError, match=r"changed parameters"):
         bs.sensitivity(bs.quantize(net, data, "w4a8-fast"), data)
     with pytest.raises(DataError, match="leave them out"):
         bs.sensitivity(q, data, "int8")

@@ -22,8 +22,10 @@ def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["status"] != "done" or _score(row) is None:
             continue
         kind = tuple(row.get(name) for name in CLASS)
-        options = str(sorted((name, str(value)) for name, value in row.items() if name.startswith("option.")))
-        groups.setdefault(kind, {}).setdefault(options or row["key"], []).append(row)
+        options = sorted((name, str(value)) for name, value in row.items() if name.startswith("option."))
+        recipe = row.get("recipe")  # what differs in neither differs in its seed
+        configuration = str((recipe, options)) if recipe or options else row["key"]
+        groups.setdefault(kind, {}).setdefault(configuration, []).append(row)
     best = []
     for configurations in groups.values():
         runs = max(configurations.values(), key=_mean)
