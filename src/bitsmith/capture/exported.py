@@ -8,6 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,45 @@ from torch import Tensor, fx, nn
 from .inputs import Arguments
 from .mutations import mutations_to_functions, needs_functionalization
 from .rewrites import inline_regions
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@torch.library.custom_op("bitsmith::batch_norm", mutates_args=())
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
+
+
+@_batch_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@contextlib.contextmanager
+def _whole_batch_norms(model: nn.Module) -> Iterator[None]:
+    """Have batch norms read as one operator: torch works their shapes out through their arithmetic, which is slow."""
+
+    def whole(norm: nn.BatchNorm2d, x: Tensor) -> Any:
+        return torch.ops.bitsmith.batch_norm(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+    norms = [m for m in model.modules() if type(m) in _BATCH_NORMS and getattr(m, "running_mean", None) is not None]
+    norms = [norm for norm in norms if "forward" not in norm.__dict__]
+    for norm in norms:
+        norm.forward = partial(whole, norm)  # type: ignore[method-assign, arg-type]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.__dict__["forward"]
+
+
+def _to_aten(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.bitsmith.batch_norm.default:
+            *tensors, eps = node.args
+            node.target, node.args = torch.ops.aten.batch_norm.default, (*tensors, False, 0.0, eps, False)
 
 
 @contextlib.contextmanager
@@ -66,12 +106,13 @@ def export_graph(
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     dynamic = torch.utils._pytree.tree_map(dims, dict(bound)) if dynamic_batch else None
-    with _quiet(), torch.no_grad():
+    with _quiet(), _whole_batch_norms(model), torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         if needs_functionalization(program.graph):
             program = program.run_decompositions({})
         graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     inline_regions(graph)
+    _to_aten(graph)
     mutations_to_functions(graph)
     return graph
