@@ -43,7 +43,7 @@ def _whole_batch_norms(model: nn.Module) -> Iterator[None]:
     norms = [m for m in model.modules() if type(m) in _BATCH_NORMS and getattr(m, "running_mean", None) is not None]
     norms = [norm for norm in norms if "forward" not in norm.__dict__]
     for norm in norms:
-        norm.forward = partial(whole, norm)  # type: ignore[method-assign, arg-type]
+        norm.forward = partial(whole, norm)  # type: ignore[arg-type]
     try:
         yield
     finally:
