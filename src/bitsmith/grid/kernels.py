@@ -72,22 +72,24 @@ def use_compiled(on: bool | None) -> None:
     _compiled_override = on
 
 
-def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(x: Tensor, grid: Grid, watch: Callable[[Tensor], None] | None = None) -> Tensor:
     """Fake-quantize into a new tensor of ``x``'s shape, dtype and memory layout, without a gradient.
+
+    ``watch`` is shown ``x`` in float32, piece by piece while a piece is in the cache.
 
     >>> fake_quantize(torch.tensor([0.6, 100.0]), Grid(IntFormat(8), torch.tensor(0.5)))
     tensor([ 0.5000, 63.5000])
     """
     if x.dtype != torch.float32:
-        return fake_quantize(x.float(), grid).to(x.dtype)
+        return fake_quantize(x.float(), grid, watch).to(x.dtype)
     if torch.compiler.is_compiling():
         return _formula(x, grid)
     with torch.no_grad():
-        if (kernel := _compiled_kernel(x, grid)) is not None:
+        if watch is None and (kernel := _compiled_kernel(x, grid)) is not None:
             blocks, law = _law(x.contiguous(), grid, scalars=False)
             return kernel(*_compiled_arguments(blocks, law)).reshape(x.shape)
         out = torch.empty_like(x)
-        _eager(x, out, grid)
+        _eager(x, out, grid, watch)
         return out
 
 
@@ -256,9 +258,11 @@ def _round_to_float(ratio: Tensor, fmt: FloatFormat, low: _Scalar, high: _Scalar
     return value.add_(magic).sub_(magic).to(ratio.dtype)
 
 
-def _eager(x: Tensor, out: Tensor, grid: Grid) -> None:
+def _eager(x: Tensor, out: Tensor, grid: Grid, watch: Callable[[Tensor], None] | None = None) -> None:
     """Fake-quantize ``x`` into ``out`` (which may be ``x``) piece by piece, in place."""
     for piece, target, law in _pieces(x, out, grid):
+        if watch is not None:
+            watch(piece)
         torch.div(piece, law.scale, out=target)
         code = _round(target, law)
         if code is not target:

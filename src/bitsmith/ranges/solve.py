@@ -132,10 +132,20 @@ def _scale(raw: Tensor, spec: TensorSpec) -> Tensor:
     raw = torch.where(dead, raw.max(), raw)
     if spec.scale == "float32":
         return raw.clamp(_TINY, _HUGE).float()
-    mantissa, exponent = torch.frexp(raw)  # raw = mantissa * 2**exponent, mantissa in [0.5, 1)
+    return power_of_two(raw, spec).float()
+
+
+def power_of_two(scale: Tensor, spec: TensorSpec) -> Tensor:
+    """The powers of two that stand for ``scale``: rounded up, or to the nearest exponent, as ``spec`` says.
+
+    >>> from bitsmith.grid import IntFormat, TensorSpec
+    >>> power_of_two(torch.tensor([0.25, 0.26]), TensorSpec(format=IntFormat(8), scale="po2"))
+    tensor([0.2500, 0.5000])
+    """
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, mantissa in [0.5, 1)
     limit = 0.5 if spec.po2_rounding == "ceil" else 0.5**0.5
     exponent = torch.where(mantissa <= limit, exponent - 1, exponent).clamp(-126, 127)
-    return torch.ldexp(torch.ones_like(raw), exponent).float()
+    return torch.ldexp(torch.ones_like(scale), exponent)
 
 
 def _as_zero_point(value: Tensor, fmt: IntFormat) -> Tensor:

@@ -1,0 +1,228 @@
+"""Fake-quantize forward and backward for training: as few passes over memory as can be, none of them extra.
+
+The forward pass is that of ``grid.kernels`` to the bit, and may show its input to a statistic while it is in the cache.
+The backward passes need the input alone, and the output where a scale learns: the output is kept by the next layer
+anyway. Per tensor on a CPU they run over pieces that stay in the cache; other tensors (weights, mostly) are small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import FloatFormat, Grid, IntFormat, kernels
+from ..grid.kernels import flat_view
+from ..optimize.learned_scale import dense
+
+_PIECE = 1 << 16  # elements per thread: three pieces fit the second-level cache
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Where values are clipped: outside ``low .. high`` (real numbers, shaped like ``grid.scale``) of ``grid``.
+
+    The gradient of ``x`` is 0 there and at the ends themselves. ``relu`` moves the lower end to 0, so that the gradient
+    is that of a ReLU in front.
+    """
+
+    grid: Grid
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, *, margin: float, relu: bool) -> Clipping:
+        """The ends of ``grid``, ``margin`` steps beyond its first and last code.
+
+        A margin of 0.5 keeps the gradient wherever a value is only rounded; learned step sizes take 0, as LSQ does.
+
+        >>> grid = Grid(IntFormat(8, signed=False), torch.tensor(0.5))
+        >>> Clipping.of(grid, margin=0.5, relu=False).high
+        tensor(127.7500)
+        """
+        low, high = code_ends(grid)
+        fmt = grid.format
+        if isinstance(fmt, FloatFormat):  # whose last step is this wide
+            margin *= 2.0 ** (math.frexp(fmt.max_value)[1] - 1 - fmt.mantissa_bits)
+        least = torch.zeros_like(grid.scale) if relu else (low - margin) * grid.scale
+        return cls(grid, least, (high + margin) * grid.scale)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """1 where ``x`` is inside, 0 elsewhere, in ``x``'s dtype."""
+        return (self._spread(x, self.low) < x).logical_and_(x < self._spread(x, self.high)).to(x.dtype)
+
+    def _spread(self, x: Tensor, value: Tensor) -> Tensor:
+        """``value`` ready to broadcast to ``x``."""
+        if value.ndim == 0 or value.numel() == 1:
+            return value
+        grid = Grid(self.grid.format, value, None, self.grid.axis, self.grid.group_size)
+        blocks, spread, _ = kernels.broadcast(x, grid)
+        return spread if blocks.ndim == x.ndim else spread.expand(blocks.shape).reshape(x.shape)
+
+    def sum_like_scale(self, value: Tensor) -> Tensor:
+        """``value`` (shaped like ``x``) summed over all elements that share a scale."""
+        scale, axis = self.grid.scale, self.grid.axis
+        if scale.ndim == 0 or axis is None:
+            return value.sum()
+        if self.grid.group_size is None:
+            return value.sum([d for d in range(value.ndim) if d != axis % value.ndim])
+        axis, size = axis % value.ndim, self.grid.group_size
+        last = value.movedim(axis, -1)
+        last = torch.nn.functional.pad(last, (0, -last.shape[-1] % size))
+        groups: Tensor = last.unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
+        return groups.sum(-1).movedim(-1, axis)
+
+
+def code_ends(grid: Grid) -> tuple[Tensor, Tensor]:
+    """The least and the greatest code counted from the zero point, float32, shaped like ``grid.scale``.
+
+    >>> low, high = code_ends(Grid(IntFormat(4), torch.tensor(1.0)))
+    >>> low, high
+    (tensor(-8.), tensor(7.))
+    """
+    fmt, zero = grid.format, torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point.float()
+    least, greatest = (fmt.qmin, fmt.qmax) if isinstance(fmt, IntFormat) else (-fmt.max_value, fmt.max_value)
+    return least - zero, greatest - zero
+
+
+class StraightThrough(torch.autograd.Function):
+    """Fake-quantize to a given grid; the gradient passes where a value is not clipped.
+
+    ``idle`` are parameters that this pass does not depend on and that get gradients of zeros.
+
+    Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons (arXiv 1308.3432).
+
+    >>> x = torch.tensor([0.6, 100.0], requires_grad=True)
+    >>> clipping = Clipping.of(Grid(IntFormat(8), torch.tensor(0.5)), margin=0.5, relu=False)
+    >>> StraightThrough.apply(x, clipping, None).sum().backward()
+    >>> x.grad
+    tensor([1., 0.])
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, clipping: Clipping, watch: Callable[[Tensor], None] | None, *idle: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, *idle)
+        ctx.clipping = clipping
+        return kernels.fake_quantize(x, clipping.grid, watch)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *idle = ctx.saved_tensors
+        grad = inside_only(grads[0], x, ctx.clipping) if ctx.needs_input_grad[0] else None
+        return grad, None, None, *(torch.zeros_like(p) for p in idle)
+
+
+class LearnedClipping(torch.autograd.Function):
+    """Fake-quantize to ``clipping.grid``, whose numbers come from ``size`` (and ``offset``), which learn.
+
+    ``size`` gets ``per_size`` times the gradient of the logarithm of the scale: the sum of ``g * (out - x)`` over
+    values inside and of ``g * out`` over clipped ones. With an ``offset`` the latter is ``g * (out - beta)``, ``beta``
+    being the real value of code 0, and ``offset`` gets ``per_offset`` times the sum of ``g`` over clipped values.
+    Without ``rounding_counts`` only clipped values count, as in PACT. ``per_size``, ``per_offset`` and ``beta`` are
+    shaped like the scale.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, size: Tensor, offset: Tensor | None, clipping: Clipping, per_size: Tensor,
+        per_offset: Tensor | None, beta: Tensor | None, rounding_counts: bool,
+    ) -> Tensor:  # fmt: skip
+        x = dense(x)
+        out = kernels.fake_quantize(x, clipping.grid)
+        ctx.save_for_backward(x, out)
+        ctx.clipping, ctx.rounding_counts = clipping, rounding_counts
+        ctx.factors = per_size, per_offset, beta
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, out = ctx.saved_tensors
+        per_size, per_offset, beta = ctx.factors
+        grad, moved, clipped = _with_sums(grads[0], x, out, ctx.clipping, ctx.rounding_counts, beta is not None)
+        grad_offset = None
+        if beta is not None and clipped is not None:
+            moved = moved - beta * clipped
+            grad_offset = clipped * per_offset
+        return grad if ctx.needs_input_grad[0] else None, moved * per_size, grad_offset, *(None,) * 5
+
+
+def inside_only(grad: Tensor, x: Tensor, clipping: Clipping) -> Tensor:
+    """``grad`` where ``x`` is inside, 0 elsewhere: one pass, on a CPU per tensor.
+
+    >>> clipping = Clipping.of(Grid(IntFormat(2), torch.tensor(1.0)), margin=0.0, relu=False)
+    >>> inside_only(torch.ones(3), torch.tensor([-3.0, 0.5, 1.5]), clipping)
+    tensor([0., 1., 0.])
+    """
+    if clipping.grid.scale.numel() == 1 and x.device.type == "cpu":
+        return torch.ops.aten.hardtanh_backward(grad, x, float(clipping.low), float(clipping.high))  # type: ignore[no-any-return]
+    return grad * clipping.mask(x)
+
+
+def _with_sums(
+    grad: Tensor, x: Tensor, out: Tensor, clipping: Clipping, rounding_counts: bool, with_clipped: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient of ``x``, and what ``LearnedClipping`` sums."""
+    if clipping.grid.scale.numel() > 1 or x.device.type != "cpu":
+        passed = grad * clipping.mask(x)
+        stopped = grad - passed
+        terms = stopped * out
+        if rounding_counts:
+            terms = terms.addcmul_(passed, out - x)
+        return passed, clipping.sum_like_scale(terms), clipping.sum_like_scale(stopped) if with_clipped else None
+    passed = torch.empty_like(x)
+    low, high = float(clipping.low), float(clipping.high)
+    sums: list[Tensor] = []
+    clipped: list[Tensor] = []
+    for g, value, quantized, target in _pieces(grad, x, out, passed):
+        torch.ops.aten.hardtanh_backward.grad_input(g, value, low, high, grad_input=target)
+        if rounding_counts:
+            sums.append(torch.dot(target, quantized - value))
+        stopped = g - target
+        sums.append(torch.dot(stopped, quantized))
+        if with_clipped:
+            clipped.append(stopped.sum())
+    shape = clipping.grid.scale.shape
+    total = torch.stack(sums).sum().reshape(shape)
+    return passed, total, torch.stack(clipped).sum().reshape(shape) if with_clipped else None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching stretches, as long as fits the cache, in the memory order of the last tensor, which is dense."""
+    last = tensors[-1]
+    flat = []
+    for tensor in tensors:
+        alike = tensor.stride() == last.stride() and flat_view(tensor) is not None
+        view = flat_view(tensor if alike else torch.empty_like(last).copy_(tensor))
+        assert view is not None
+        flat.append(view)
+    size = _PIECE * torch.get_num_threads()
+    for start in range(0, last.numel(), size):
+        yield tuple(view[start : start + size] for view in flat)
+
+
+class Extremes:
+    """The least (0 with ``greatest_only``) and the greatest value of the pieces that it is shown."""
+
+    def __init__(self, greatest_only: bool = False) -> None:
+        self.greatest_only = greatest_only
+        self.pieces: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, piece: Tensor) -> None:
+        """Take in a piece."""
+        if self.greatest_only:
+            greatest = piece.max()
+            self.pieces.append((greatest, greatest))
+        elif piece.numel():
+            self.pieces.append(torch.aminmax(piece))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and greatest of all pieces, NaN where a value was NaN."""
+        lows, highs = zip(*self.pieces)
+        low = torch.stack(lows).min() if not self.greatest_only else torch.zeros_like(highs[0])
+        return low, torch.stack(highs).max()
