@@ -41,7 +41,7 @@ from bitsmith.steps import EqualizeActivations, Gptq, Qronos, Step
 FIELDS = ("net", "bits", "group", "step", "metric", "found", "float", "taken_back", "seed", "samples", "run",
           "quantize_s", "commit", "bitsmith")  # fmt: skip
 STEPS: dict[str, tuple[Step, ...]] = {
-    "nearest": (), "gptq": (Gptq(),), "gptq, 11 scales": (Gptq(scales=11),), "qronos": (Qronos(),),
+    "nearest": (), "gptq": (Gptq(),), "gptq, 1 scale": (Gptq(scales=1),), "qronos": (Qronos(),),
 }  # fmt: skip
 EQUALIZE = EqualizeActivations(alpha="search", insert=True)
 

@@ -9,7 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Stage = Literal["prepare", "weights", "blocks", "bias"]
 
 
-_SCALES = "how many scales to try, from the range rule's own down to half of it; the least output error wins"
+_SCALES = (
+    "how many scales to try, from the range rule's own down to half of it; the least output error wins; "
+    "None: 11 where weights have scales per group, else 1"
+)
 
 
 class _Step(BaseModel):
@@ -71,7 +74,7 @@ class ColumnByColumn(_Step):
     stage: ClassVar[Stage] = "weights"
     samples: ClassVar[int] = 512
     act_order: bool = Field(default=True, description="round the columns of the strongest inputs first")
-    scales: int = Field(default=1, ge=1, le=64, description=_SCALES)
+    scales: int | None = Field(default=11, ge=1, le=64, description=_SCALES)
     block_size: int = Field(default=64, ge=1, description="columns whose effect on the rest is put off; memory only")
     accumulator_bits: int | None = Field(
         default=None, ge=4, le=64, description="no sum of products may leave this many bits, whatever the inputs"
@@ -82,6 +85,7 @@ class Gptq(ColumnByColumn):
     """GPTQ (arXiv 2210.17323): round weights column by column; later columns make up for the error."""
 
     name: Literal["gptq"] = "gptq"
+    scales: int | None = Field(default=None, ge=1, le=64, description=_SCALES)
     damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
     asymmetric: bool = Field(
         default=False, description="make up for the error of the layer's inputs as well (arXiv 2504.02692)"
@@ -101,14 +105,12 @@ class Gpfq(ColumnByColumn):
     """GPFQ (arXiv 2201.11113): follow the float layer's output column by column, from quantized inputs."""
 
     name: Literal["gpfq"] = "gpfq"
-    scales: int = Field(default=11, ge=1, le=64, description=_SCALES)
 
 
 class Qronos(ColumnByColumn):
     """Qronos (arXiv 2505.11695): take back the error of the layers before, then spread that of each column as GPTQ."""
 
     name: Literal["qronos"] = "qronos"
-    scales: int = Field(default=11, ge=1, le=64, description=_SCALES)
     damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
 
 

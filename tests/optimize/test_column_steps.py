@@ -125,6 +125,16 @@ def test_groups_are_separate_layers_each_in_its_own_order(method: str) -> None:
     torch.testing.assert_close(grouped.weight, torch.cat([half.weight for half in halves]))
 
 
+@pytest.mark.parametrize(("spec", "scales"), [({}, 1), ({"granularity": "group", "group_size": 4}, 11)])
+def test_gptq_tries_scales_by_itself_where_they_are_per_group(spec: dict[str, Any], scales: int) -> None:
+    quantized, exact = correlated(40, 16)
+    layers = [nn.Linear(16, 5, bias=False) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    run("gptq", visit(layers[0], quantized, exact, bits=3, **spec))
+    run("gptq", visit(layers[1], quantized, exact, bits=3, **spec), scales=scales)
+    torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scales", [1, 5])
 def test_block_size_does_not_change_the_result(method: str, scales: int) -> None:

@@ -22,6 +22,7 @@ from .visit import LayerStep, LayerVisit, Stream
 
 Options = TypeVar("Options", bound=ColumnByColumn)
 _LEAST_RATIO = 0.5
+_SCALES_OF_GROUPS = 11
 _AT_ONCE = 1 << 24  # weights that are rounded side by side when several scales are tried
 
 
@@ -95,8 +96,10 @@ class ColumnStep(LayerStep, Generic[Options]):
     def _ratios(self, layer: QuantLayer) -> list[float]:
         """Scales to try, as shares of the grid's own."""
         assert layer.weight_quantizer is not None
-        count = self.options.scales
-        if count > 1 and layer.weight_quantizer.spec.scale == "po2":
+        spec, count = layer.weight_quantizer.spec, self.options.scales
+        if count is None:  # few weights a scale leave much to gain; else what the next layers must stand costs more
+            count = _SCALES_OF_GROUPS if spec.granularity == "group" else 1
+        if count > 1 and spec.scale == "po2":
             return [1.0, _LEAST_RATIO]
         return [1.0 - (1.0 - _LEAST_RATIO) * i / max(count - 1, 1) for i in range(count)]
 
