@@ -43,7 +43,7 @@ class Row:
 
 def rungs(target: bs.Target) -> Iterator[tuple[str, bs.Recipe]]:
     """The ladder's recipes but for mixed precision, which follows from what the second one measures."""
-    base = bs.load_recipe(target.default_recipe)
+    base = bs.load_recipe("int8-tensor-po2" if target.default_recipe == "tidl" else target.default_recipe)
     yield "ptq", base
     steps = (FoldBatchNorm(), Equalize(merge_bias=True), Gptq(), BiasCorrection())
     yield "better ptq", base.model_copy(update={"steps": steps, "name": f"{base.name}-better"})

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import bitsmith
 from bitsmith.capture.ops import _OPS
-from bitsmith.recipe import BY_EFFORT, NAMED, Recipe
+from bitsmith.recipe import BY_EFFORT, NAMED, TI, Recipe
 from bitsmith.targets import Target, list_targets
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def recipes() -> list[str]:
         "of your own.", "",
         "| name | weights | activations | steps |", "|---|---|---|---|",
     ]  # fmt: skip
-    for name, recipe in (NAMED | BY_EFFORT).items():
+    for name, recipe in (NAMED | BY_EFFORT | TI).items():
         steps = ", ".join(step.name for step in recipe.steps)
         lines.append(f"| [`{name}`](#{name}) | {_spec(recipe, 'weights')} | {_spec(recipe, 'activations')} | {steps} |")
     lines += [
@@ -76,9 +76,11 @@ def recipes() -> list[str]:
         "- **placement**: where Quantizers stand: `runtime` (what the target runs in integers), `fx` (operands of an",
         "  add share a scale), `flexml` (outputs too), `layerwise` (only what layers read), `dynamic` (at run time).",
         "- **steps**: what is done to lose less, in this order; see [the algorithms](algorithms.md).",
-        "- **overrides**: other numbers for some layers, by name, type or place.", "",
+        "- **overrides**: other numbers for some layers, by name, type or place.",
+        "- **names in capitals** are those of TI's quantization tools: [TI's devices](tidl.md#recipes-by-tis-names).",
+        "",
     ]  # fmt: skip
-    for name, recipe in (NAMED | BY_EFFORT).items():
+    for name, recipe in (NAMED | BY_EFFORT | TI).items():
         lines += [f"## {name}", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return lines
 
@@ -92,7 +94,9 @@ def _spec(recipe: Recipe, part: str) -> str:
     shape = "symmetric" if spec.symmetric else "affine"
     scale = ", po2 scales" if spec.scale == "po2" else ""
     when = ", at run time" if spec.dynamic else ""
-    return f"{kind}, {shape}, per {spec.granularity}{scale}, {spec.range.name}{when}"
+    limit = f"{spec.range.limit:g}" if spec.range.limit is not None else ""
+    ends = f"fixed at {limit}" if spec.range.fixed else spec.range.name + (f", at most {limit}" if limit else "")
+    return f"{kind}, {shape}, per {spec.granularity}{scale}, {ends}{when}"
 
 
 def target_page(target: Target) -> list[str]:

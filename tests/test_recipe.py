@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import bitsmith as bs
 from bitsmith.errors import RecipeError
 from bitsmith.grid import FP8_E4M3, IntFormat, RangeRule, TensorSpec
-from bitsmith.recipe import BY_EFFORT, NAMED, Override, Recipe, bits_recipe, load_recipe
+from bitsmith.recipe import BY_EFFORT, NAMED, TI, Override, Recipe, bits_recipe, load_recipe
 
 
-@pytest.mark.parametrize("name", [*NAMED, *BY_EFFORT])
+@pytest.mark.parametrize("name", [*NAMED, *BY_EFFORT, *TI])
 def test_named_recipes_survive_yaml(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name

@@ -13,6 +13,7 @@ from .errors import RecipeError
 from .grid import FP8_E4M3, FloatFormat, IntFormat, RangeRule, TensorSpec
 from .steps import (
     BiasCorrection,
+    Equalize,
     FoldBatchNorm,
     Gptq,
     Qronos,
@@ -223,15 +224,62 @@ NAMED: dict[str, Recipe] = {
     "int8-sym": bits_recipe(8, 8, name="int8-sym", symmetric=True, steps=_MATCHED),
     "int8-po2": bits_recipe(8, 8, name="int8-po2", symmetric=True, scale="po2"),
     "int8-tensor-po2": bits_recipe(8, 8, name="int8-tensor-po2", symmetric=True, scale="po2", granularity="tensor"),
+    # one power of two for a whole depthwise weight: equalized and rounded column by column, or lost (benchmarks.tidl)
+    "tidl": bits_recipe(
+        8, 8, name="tidl", symmetric=True, scale="po2", granularity="tensor",
+        steps=(FoldBatchNorm(), Equalize(merge_bias=True), Gptq(), BiasCorrection()),
+    ),
     "w8a16": bits_recipe(8, 16, name="w8a16", symmetric=True),
     "int16": bits_recipe(16, 16, name="int16", symmetric=True),
     "fp8": _fp8(),
     "ai8x": _ai8x(),
-}
+}  # fmt: skip
 
 # Recipes by widths and effort: "w4a8-fast", "w4a8-best" ...
 BY_EFFORT: dict[str, Recipe] = {
     recipe.name: recipe for w, a in _WIDTHS for recipe in (_by_effort(w, a, "fast"), _by_effort(w, a, "best"))
+}
+
+
+_SHRUNK = RangeRule(name="percentile", percentile=99.99)
+
+
+def _ti(
+    name: str, weight_bits: int = 8, activation_bits: int = 8, *, ranges: RangeRule = _SHRUNK,
+    weight_ranges: RangeRule | None = None, po2_rounding: Literal["ceil", "nearest"] = "ceil", **options: Any,
+) -> Recipe:  # fmt: skip
+    """A setting of TI's quantization tools, whose activation ranges lose 0.01 % of the values at each end."""
+    recipe = bits_recipe(weight_bits, activation_bits, name=name, **options)
+    assert recipe.weights is not None
+    assert recipe.activations is not None
+    activations = {"range": ranges, "po2_rounding": po2_rounding}
+    return recipe.model_copy(
+        update={
+            "weights": recipe.weights.model_copy(update={"range": weight_ranges or RangeRule()}),
+            "activations": recipe.activations.model_copy(update=activations),
+        }
+    )
+
+
+_ALL = RangeRule()
+_SYM_PO2: dict[str, Any] = {"symmetric": True, "scale": "po2"}
+# By the names of TI's quantization tools (edgeai-modeloptimization): weights per channel (WC) or tensor (WT),
+# activations per tensor (AT), their bits, symmetric (SYM), powers of two (P2), a range of 4 (R4), weights clipped at 4
+# (M4), whole ranges (MSA). A range of 4 is 128 steps of 2**-5 or 256 of 2**-6: rounded up, it would become 8.
+TI: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _ti("WC8_AT8"),
+        _ti("MSA_WC8_AT8", ranges=_ALL),
+        _ti("WT8SYMP2_AT8SYMP2", granularity="tensor", **_SYM_PO2),
+        _ti("WC8SYMP2_AT8SYMP2", **_SYM_PO2),
+        _ti("WC8SYMP2_AT8SYMP2R4", ranges=RangeRule(limit=4.0, fixed=True), po2_rounding="nearest", **_SYM_PO2),
+        _ti("WC8P2_AT8P2", scale="po2"),
+        _ti("MSA_WC8P2_AT8P2", ranges=_ALL, scale="po2"),
+        _ti("WC4_AT8", 4),
+        _ti("WC4M4_AT8", 4, weight_ranges=RangeRule(limit=4.0)),
+        _ti("WC16_AT16", 16, 16, ranges=_ALL, symmetric=True),
+    )
 }
 
 
@@ -260,14 +308,16 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     >>> load_recipe("int9")
     Traceback (most recent call last):
     ...
-    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are ai8x, fp16-dynamic, fp8, int16, \
-int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, int8-tensor-po2, w2a4-best, w2a4-fast, \
+    bitsmith.errors.RecipeError: no recipe is called 'int9': known names are MSA_WC8P2_AT8P2, \
+MSA_WC8_AT8, WC16_AT16, WC4M4_AT8, WC4_AT8, WC8P2_AT8P2, WC8SYMP2_AT8SYMP2, WC8SYMP2_AT8SYMP2R4, WC8_AT8, \
+WT8SYMP2_AT8SYMP2, ai8x, fp16-dynamic, fp8, int16, \
+int8, int8-dynamic, int8-dynamic-token, int8-po2, int8-sym, int8-tensor, int8-tensor-po2, tidl, w2a4-best, w2a4-fast, \
 w2a8-best, w2a8-fast, w3a8-best, w3a8-fast, w4a4-best, w4a4-fast, w4a8-best, w4a8-fast, w6a6-best, w6a6-fast, w8a16, \
 w8a8-best, w8a8-fast; a path to a YAML file is taken too
     """
     if isinstance(recipe, Recipe):
         return recipe
-    named = NAMED | BY_EFFORT | DYNAMIC
+    named = NAMED | BY_EFFORT | DYNAMIC | TI
     if isinstance(recipe, str) and recipe in named:
         return named[recipe]
     if not isinstance(recipe, str | Path):

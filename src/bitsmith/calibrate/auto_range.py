@@ -45,7 +45,7 @@ class AutoStatistic:
 
     def __init__(self, spec: TensorSpec, expected_count: int | None) -> None:
         self.grid: Grid
-        self.specs = {name: spec.model_copy(update={"range": rule}) for name, rule in _ACTIVATIONS.items()}
+        self.specs = {name: _with_rule(spec, rule) for name, rule in _ACTIVATIONS.items()}
         self.statistics: dict[str, Any] = {
             name: activation_statistic(one, expected_count) for name, one in self.specs.items()
         }
@@ -110,7 +110,7 @@ def choose_weight_grid(name: str, layer: QuantLayer, axis: int, x: Tensor) -> Ra
     """Give a layer's weight the grid with the least error at the layer's output, for ``x`` that it reads."""
     assert layer.weight_quantizer is not None
     spec, weight = layer.weight_quantizer.spec, layer.weight.detach()
-    grids = {r: weight_grid(weight, spec.model_copy(update={"range": rule}), axis) for r, rule in _WEIGHTS.items()}
+    grids = {r: weight_grid(weight, _with_rule(spec, rule), axis) for r, rule in _WEIGHTS.items()}
 
     def output(change: Tensor) -> float:
         return float(_without_bias(layer, x, change).square().sum())
@@ -119,6 +119,12 @@ def choose_weight_grid(name: str, layer: QuantLayer, axis: int, x: Tensor) -> Ra
     choice = _least(name, {rule: output(fake_quantize(weight, grid) - weight) / signal for rule, grid in grids.items()})
     layer.weight_quantizer.set_grid(grids[choice.rule])
     return choice
+
+
+def _with_rule(spec: TensorSpec, rule: RangeRule) -> TensorSpec:
+    return spec.model_copy(
+        update={"range": rule.model_copy(update={"limit": spec.range.limit, "fixed": spec.range.fixed})}
+    )
 
 
 def _least(name: str, errors: dict[str, float]) -> RangeChoice:

@@ -106,7 +106,7 @@ def as_finding(result: Triage) -> Finding:
 
 
 def widened(recipe: Recipe) -> Recipe:
-    """The recipe with 16 bits for weights and activations."""
+    """The recipe with 16 bits for weights and activations, and without the steps that round 8 bits with more care."""
 
     def wide(spec: TensorSpec | None) -> TensorSpec | None:
         if spec is None or not isinstance(spec.format, IntFormat):
@@ -114,8 +114,9 @@ def widened(recipe: Recipe) -> Recipe:
         signed = {"format": IntFormat(16, signed=True), "symmetric": True}
         return TensorSpec.model_validate({**spec.model_dump(), **signed, "range": {"name": "minmax"}})
 
-    changes = {"weights": wide(recipe.weights), "activations": wide(recipe.activations), "name": f"{recipe.name}-16"}
-    return recipe.model_copy(update=changes)
+    steps = tuple(step for step in recipe.steps if step.stage not in ("weights", "blocks"))
+    changes = {"weights": wide(recipe.weights), "activations": wide(recipe.activations), "steps": steps}
+    return recipe.model_copy(update={**changes, "name": f"{recipe.name}-16"})
 
 
 def better_recipe(target: Target) -> str:
@@ -123,7 +124,12 @@ def better_recipe(target: Target) -> str:
     try:
         target.check(load_recipe("w8a8-best"))
     except RecipeError:
-        return f"steps 'equalize' (merge_bias: true) and 'gptq' in recipe {target.default_recipe!r}"
+        step = (
+            "'equalize' (merge_bias: true)"
+            if load_recipe(target.default_recipe).step("gptq") is None
+            else "'reconstruct'"
+        )
+        return f"step {step} in recipe {target.default_recipe!r}"
     return "recipe 'w8a8-best'"
 
 

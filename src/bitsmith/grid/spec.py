@@ -18,6 +18,8 @@ class RangeRule(BaseModel):
     Names: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram_l2``, ``kl`` for activations and
     ``minmax``, ``percentile``, ``mse``, ``hqo`` for weights (``bitsmith.ranges``), and those that you register there;
     ``auto`` tries several for each tensor and keeps the one with the least error at the outputs of the layers.
+    ``limit`` cuts off a range that reaches further; with ``fixed`` the range is ``-limit .. limit`` whatever the rule
+    finds, or ``0 .. limit`` where nothing can be negative.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +29,8 @@ class RangeRule(BaseModel):
     momentum: float = Field(default=0.1, gt=0.0, le=1.0)
     candidates: int = Field(default=80, ge=4, le=10_000)
     bins: int = Field(default=2048, ge=64, le=1 << 20)
+    limit: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    fixed: bool = False
 
     @field_validator("name")
     @classmethod
@@ -37,6 +41,12 @@ class RangeRule(BaseModel):
                 "bitsmith.ranges.register_range_rule adds one of your own"
             )
         return name
+
+    @model_validator(mode="after")
+    def _fixed_at(self) -> RangeRule:
+        if self.fixed and self.limit is None:
+            raise ValueError("a fixed range needs its end: {limit: 4.0, fixed: true}")
+        return self
 
 
 class TensorSpec(BaseModel):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import CalibrationError, NonFiniteError
 from ..grid.formats import FloatFormat, Format, IntFormat
 from ..grid.grid import Grid
-from ..grid.spec import TensorSpec
+from ..grid.spec import RangeRule, TensorSpec
 
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max
@@ -25,6 +25,7 @@ def solve_grid(
 ) -> Grid:
     """The grid of ``spec`` that covers ``lo .. hi``, extended to include 0.
 
+    The range rule's ``limit`` holds here, whatever rule found the range.
     ``lo`` and ``hi`` are numbers or tensors shaped like the scale: 0-dimensional, one per channel of
     ``axis``, or one per group. What results:
 
@@ -57,7 +58,7 @@ def solve_grid(
     """
     low, high = torch.as_tensor(lo).double(), torch.as_tensor(hi).double()
     _check(low, high)
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    low, high = _limited(low.clamp(max=0.0), high.clamp(min=0.0), spec.range)
     fmt: Format = spec.format
     if non_negative:
         low = torch.zeros_like(low)
@@ -84,6 +85,14 @@ def _check(lo: Tensor, hi: Tensor) -> None:
         index = int((lo > hi).flatten().nonzero()[0])
         pair = float(lo.flatten()[index]), float(hi.flatten()[index])
         raise CalibrationError(f"the range is upside down: lo {pair[0]:g} is above hi {pair[1]:g}")
+
+
+def _limited(lo: Tensor, hi: Tensor, rule: RangeRule) -> tuple[Tensor, Tensor]:
+    if rule.limit is None:
+        return lo, hi
+    if rule.fixed:
+        return torch.full_like(lo, -rule.limit), torch.full_like(hi, rule.limit)
+    return lo.clamp(min=-rule.limit), hi.clamp(max=rule.limit)
 
 
 def _symmetric(lo: Tensor, hi: Tensor, fmt: Format, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:

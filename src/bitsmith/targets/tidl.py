@@ -24,7 +24,7 @@ def _device(name: str, description: str, device: TidlDevice) -> Target:
         name=name,
         description=description,
         engine="onnxruntime",
-        default_recipe="int8-tensor-po2" if device.po2 else "int8",
+        default_recipe="tidl" if device.po2 else "int8",
         weight_bits=(8, 16),
         activation_bits=(8, 16),
         integer_bits=(8, 16),
