@@ -62,7 +62,7 @@ def test_constraints_and_refusals_become_rows_with_their_reason(tmp_path: Path) 
     reasons = [row["reason"] for row in Store(tmp_path).rows() if row["status"] == "skipped"]
     assert reasons[0] == "too few bits"
     assert "gpfq-p" in reasons[1]
-    assert "99 bits" in reasons[2]
+    assert "weight-bit-width: 99 is not from 2 to 16" in reasons[2]
 
 
 def test_a_constraint_holds_only_where_all_its_options_do() -> None:

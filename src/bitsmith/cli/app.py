@@ -15,10 +15,12 @@ from .ai8x import run
 
 FAILED = 1
 NOT_CERTIFIED = 3
+INTERRUPTED = 130
+_INTERRUPTED = "interrupted: no half file was left; a sweep, and a run with --resume, go on where they were"
 
 
 class _Teaching(TyperGroup):
-    """Turns Bitsmith's errors into one message on standard error; ``BITSMITH_DEBUG=1`` lets them through."""
+    """Bitsmith's errors and Ctrl-C are one message on standard error; ``BITSMITH_DEBUG=1`` lets errors through."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,6 +31,9 @@ class _Teaching(TyperGroup):
             message = Text("error: ", style="bold red").append(str(error), style="not bold default")
             Console(stderr=True, soft_wrap=True).print(message)
             raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as error:
+            Console(stderr=True, soft_wrap=True).print(Text(_INTERRUPTED))
+            raise typer.Exit(INTERRUPTED) from error
 
 
 app = typer.Typer(

@@ -49,10 +49,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the diagnosis as JSON")] = False,
     calibration_samples: o.CalibrationSamples = 200,
     validation_samples: o.ValidationSamples = None,
-    resize: o.Resize = 256,
-    crop: o.Crop = 224,
-    mean: o.Mean = o.IMAGENET_MEAN,
-    std: o.Std = o.IMAGENET_STD,
+    resize: o.Resize = None,
+    crop: o.Crop = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
     seed: o.Seed = 0,
 ) -> None:
     """Examine MODEL before it is quantized: thirty rules, each with place, reason and remedy.
@@ -62,7 +62,7 @@ def doctor(
     """
     from ..doctor import doctor as examine
     from ..doctor.view import diagnosis_view
-    from ..evaluate import load_data, load_model, weights_note
+    from ..evaluate import load_data, load_model, stated_preprocess, weights_note
     from .quantize import say
 
     if (operations is None) != (output is None):
@@ -73,16 +73,17 @@ def doctor(
         raise typer.BadParameter(
             "--validation needs --calibration: ranges come from other samples than the judged ones"
         )
-    images = o.preprocess(resize, crop, mean, std)
+    loaded = load_model(model, weights)
+    if (note := weights_note(model, weights)) is not None:
+        say(f"note: {note}")
+    stated, _ = stated_preprocess(model, loaded, weights)
+    images = o.ImageOptions(resize, crop, mean, std).applied(stated)
     found = judged = None
     if calibration is not None:
         found = load_data(calibration, samples=calibration_samples, preprocess=images, seed=seed)
     if validation is not None:
         judged = load_data(validation, samples=validation_samples, preprocess=images, seed=seed, exclude=found)
-    loaded = load_model(model, weights)
-    if (note := weights_note(model, weights)) is not None:
-        say(f"note: {note}")
-    example = _example(found, shape, crop)
+    example = _example(found, shape, images.crop)
     diagnosis = examine(loaded, example, target=target, calibration=found, validation=judged, file=file)
     if as_json:
         typer.echo(diagnosis.model_dump_json(indent=2))

@@ -12,36 +12,44 @@ from rich.text import Text
 
 from . import options as o
 from .app import NOT_CERTIFIED, app
+from .flat import GroupedCommand, RecipeChanges, flattened
 
 if TYPE_CHECKING:
-    from ..evaluate.images import Preprocess
+    from torch import nn
+
+    from ..evaluate.data import Data
     from ..evaluate.job import Job, JobResult, JobSettings
 
 
-@app.command()
+@dataclass(frozen=True)
+class WorkOptions:
+    """Where the work is done, and what is kept of it on the way."""
+
+    device: o.Device = None
+    gpu: o.Gpu = None
+    resume: o.Resume = None
+    memory: o.Memory = "4GB"
+    quiet: o.Quiet = False
+
+
+@app.command(cls=GroupedCommand)
+@flattened
 def quantize(
     model: o.Model,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for all results")],
-    calibration: o.Calibration = None,
-    validation: o.Validation = None,
     weights: o.Weights = None,
     recipe: o.Recipe = None,
     target: o.Target = "onnxruntime",
     placement: o.Placement = None,
-    calibration_samples: o.CalibrationSamples = 1000,
-    validation_samples: o.ValidationSamples = None,
     style: o.Style = "auto",
     opset: o.Opset = None,
-    memory: o.Memory = "4GB",
-    resize: o.Resize = 256,
-    crop: o.Crop = 224,
-    mean: o.Mean = o.IMAGENET_MEAN,
-    std: o.Std = o.IMAGENET_STD,
     metric: o.UserMetric = None,
     latency: o.Latency = True,
     sensitivity: o.Sensitivity = False,
-    seed: o.Seed = 0,
-    quiet: o.Quiet = False,
+    work: WorkOptions,
+    data: o.DataOptions,
+    images: o.ImageOptions,
 ) -> None:
     """Quantize MODEL into a verified file.
 
@@ -55,104 +63,185 @@ def quantize(
         recipe=recipe,
         target=target,
         placement=placement,
+        resume=None if work.resume is None else str(work.resume),
         style=style,
         opset=opset,
-        memory=memory,
+        memory=work.memory,
         latency=latency,
         sensitivity=sensitivity,
     )
-    images = o.preprocess(resize, crop, mean, std)
-    drawing = Drawing(calibration_samples, validation_samples, seed)
-    job = make_job(model, weights, calibration, validation, drawing, images, metric, settings)
-    finish(run_job(hushed(job, quiet), output))
+    finish(run_job(make_job(model, weights, data, images, work, metric, settings), output))
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
+@flattened
 def evaluate(
     model: o.Model,
-    calibration: o.Calibration = None,
-    validation: o.Validation = None,
+    *,
     weights: o.Weights = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write what 'bitsmith quantize' writes")
-    ] = None,
     recipe: o.Recipe = None,
     target: o.Target = "onnxruntime",
-    placement: o.Placement = None,
-    calibration_samples: o.CalibrationSamples = 1000,
-    validation_samples: o.ValidationSamples = None,
-    memory: o.Memory = "4GB",
-    resize: o.Resize = 256,
-    crop: o.Crop = 224,
-    mean: o.Mean = o.IMAGENET_MEAN,
-    std: o.Std = o.IMAGENET_STD,
     metric: o.UserMetric = None,
-    seed: o.Seed = 0,
-    quiet: o.Quiet = False,
-) -> None:
-    """Try a recipe on MODEL: accuracy and every layer's SQNR.
+    as_json: o.Json = False,
+    work: WorkOptions,
+    data: o.DataOptions,
+    images: o.ImageOptions,
+    changes: RecipeChanges,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", "--export-dir", rich_help_panel="Files",
+                     help="Also write what 'bitsmith quantize' writes"),
+    ] = None,
+    export_onnx_qcdq: Annotated[
+        bool,
+        typer.Option("--export-onnx-qcdq", rich_help_panel="Files", help="With --output: the ONNX file in style qcdq"),
+    ] = False,
+    export_torch_qcdq: Annotated[
+        bool,
+        typer.Option("--export-torch-qcdq", rich_help_panel="Files",
+                     help="With --output: also model.pt, TorchScript in style qcdq"),
+    ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option("--opset", "--onnx-opset-version", rich_help_panel="Files", show_default=False,
+                     help="With --output: the ONNX opset [default: the newest that runs]"),
+    ] = None,
+    latency: Annotated[
+        bool | None,
+        typer.Option("--latency/--no-latency", rich_help_panel="Files", show_default=False,
+                     help="With --output: measure the speed of both files [default: yes]"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Try numbers on MODEL: accuracy of the float model and of the simulated quantized one, and every layer's SQNR.
 
-    The float model is held against the simulation of the quantized one.
-
-    Nothing is written without --output.
+    The recipe is where it starts; the options of "Numbers" to "Rounding and correction" change it one by one. What
+    cannot be followed is refused with the reason. Nothing is written without --output.
     """
     from ..evaluate.job import JobSettings, run_job, simulate
 
-    settings = JobSettings(recipe=recipe, target=target, placement=placement, memory=memory)
-    images = o.preprocess(resize, crop, mean, std)
-    drawing = Drawing(calibration_samples, validation_samples, seed)
-    job = make_job(model, weights, calibration, validation, drawing, images, metric, settings)
-    job = hushed(job, quiet)
-    finish(simulate(job)[0] if output is None else run_job(job, output), layers=True)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How many samples are drawn, and by which seed."""
-
-    calibration: int
-    validation: int | None
-    seed: int
+    of_files = {"--export-onnx-qcdq": export_onnx_qcdq, "--export-torch-qcdq": export_torch_qcdq, "--opset": opset,
+                "--latency": latency is not None}  # fmt: skip
+    if output is None and (named := [name for name, value in of_files.items() if value]):
+        raise typer.BadParameter("it is about files: give --output DIR to have them written", param_hint=named[0])
+    settings = JobSettings(
+        recipe=recipe,
+        options=changes,
+        target=target,
+        resume=None if work.resume is None else str(work.resume),
+        style="qcdq" if export_onnx_qcdq else "auto",
+        opset=opset,
+        torchscript=export_torch_qcdq,
+        memory=work.memory,
+        latency=latency is not False,
+    )
+    job = make_job(model, weights, data, images, work, metric, settings)
+    finish(simulate(job)[0] if output is None else run_job(job, output), layers=True, as_json=as_json)
 
 
 def make_job(
     model: str,
-    weights: Path | None,
-    calibration: str | None,
-    validation: str | None,
-    drawing: Drawing,
-    images: Preprocess,
+    weights: str | None,
+    data: o.DataOptions,
+    images: o.ImageOptions,
+    work: WorkOptions,
     metric: str | None,
     settings: JobSettings,
 ) -> Job:
     """Load what the options name; the job is then ready to run."""
-    from ..evaluate import load_data, load_metric, load_model, weights_note
+    from ..evaluate import load_metric, load_model, weights_note
+    from ..evaluate.data import check_source
+    from ..evaluate.images import Preprocess
     from ..evaluate.job import Job, check_settings
 
-    # What costs least comes first: settings, the metric, the data, and the model, which may take a while to build.
+    # What costs least comes first: settings, the metric, whether there are data, and the model, which takes a while.
     settings = check_settings(settings)
+    device = _device(work)
+    images.applied(Preprocess())
     measure = None if metric is None else load_metric(metric)
-    if calibration is None:
-        _check_dynamic(settings, validation)
-        found = judged = load_data(str(validation), samples=drawing.validation, preprocess=images, seed=drawing.seed)
-    else:
-        found, judged = load_data(calibration, samples=drawing.calibration, preprocess=images, seed=drawing.seed), None
-    if calibration is not None and validation is not None:
-        judged = load_data(validation, samples=drawing.validation, preprocess=images, seed=drawing.seed, exclude=found)
+    sources = [source for source in (data.calibration, data.validation) if source is not None]
+    for source in sources:
+        check_source(source)
+    if data.calibration is None:
+        _check_dynamic(settings, data.validation)
+    _check_folders(data, sources)
     loaded = load_model(model, weights)
-    if (note := weights_note(model, weights)) is not None:
+    if (note := weights_note(model, weights)) is not None and not work.quiet:
         say(f"note: {note}")
-    return Job(loaded, found, judged, settings, measure, show_progress=None, say=say)
+    found, judged, notes = _load(data, images, model, loaded, weights)
+    job = Job(loaded.to(device), found, judged, settings, measure, show_progress=None, say=say, notes=notes)
+    return hushed(job, work.quiet)
+
+
+def _load(
+    data: o.DataOptions, images: o.ImageOptions, model: str, loaded: nn.Module, weights: str | None
+) -> tuple[Data, Data | None, tuple[str, ...]]:
+    """What calibrates, what judges, and what was done to the images."""
+    from ..evaluate import load_data, stated_preprocess
+    from ..evaluate.data import BATCH, ArrayData, FolderData
+
+    stated, whose = stated_preprocess(model, loaded, weights)
+    preprocess = images.applied(stated)
+
+    def load(source: str, samples: int | None, batch: int | None, exclude: Data | None = None) -> Data:
+        return load_data(
+            source, samples=samples, preprocess=preprocess, batch=batch or BATCH, seed=data.seed, exclude=exclude,
+            workers=data.workers, label_map=data.label_map if Path(source).is_dir() else None,
+        )  # fmt: skip
+
+    if data.calibration is None:
+        found = judged = load(str(data.validation), data.validation_samples, data.validation_batch)
+    else:
+        found, judged = load(data.calibration, data.calibration_samples, data.calibration_batch), None
+        if data.validation is not None:
+            judged = load(data.validation, data.validation_samples, data.validation_batch, found)
+    folders = any(isinstance(source, FolderData) for source in (found, judged))
+    pixels = folders or any(isinstance(s, ArrayData) and s.preprocess is not None for s in (found, judged))
+    given = images.given()
+    needed = given if not pixels else {} if folders else given.keys() - {"--mean", "--std"}
+    if needed:
+        wants = "image folders" if pixels else "images (folders, or uint8 arrays)"
+        raise typer.BadParameter(f"the data are no {wants}, so there is nothing to do", param_hint=min(needed))
+    if not folders:
+        return found, judged, ()
+    whose += f", but {', '.join(f'{name} {value}' for name, value in given.items())}" if given else ""
+    return found, judged, (f"images: {preprocess} ({whose})",)
+
+
+def _check_folders(data: o.DataOptions, sources: list[str]) -> None:
+    """Options of image folders need one."""
+    for name, value in (("--label-map", data.label_map), ("--workers", data.workers)):
+        if value is not None and not any(Path(source).is_dir() for source in sources):
+            raise typer.BadParameter("it is about image folders, but the data are none", param_hint=name)
+    if data.validation is None and (data.validation_samples or data.validation_batch):
+        name = "--validation-samples" if data.validation_samples else "--batch-size-validation"
+        raise typer.BadParameter("it goes with --validation-dir", param_hint=name)
 
 
 def _check_dynamic(settings: JobSettings, validation: str | None) -> None:
     """Only recipes that find their scales at run time do without calibration data."""
-    from ..recipe import load_recipe
-
-    if settings.recipe is None or load_recipe(settings.recipe).placement != "dynamic":
+    if settings.load_recipe().placement != "dynamic":
         raise typer.BadParameter("the recipe needs data to find ranges with", param_hint="--calibration-dir")
     if validation is None:
         raise typer.BadParameter("a file is made and judged with data: give some", param_hint="--validation-dir")
+
+
+def _device(work: WorkOptions) -> str:
+    """The device as torch names it; one that is not there is wrong usage."""
+    import torch
+
+    if work.device is not None and work.gpu is not None:
+        raise typer.BadParameter("give --device or --gpu, not both", param_hint="--gpu")
+    name = work.device or ("cpu" if work.gpu is None else f"cuda:{work.gpu}")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        there = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise typer.BadParameter(
+            f"{name!r} cannot be used: {reason} (there are {', '.join(['cpu', *there])})", param_hint="--device"
+        ) from error
+    return name
 
 
 def hushed(job: Job, quiet: bool) -> Job:
@@ -165,11 +254,13 @@ def say(line: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(line, style="dim"))
 
 
-def finish(result: JobResult, *, layers: bool = False) -> None:
+def finish(result: JobResult, *, layers: bool = False, as_json: bool = False) -> None:
     """Print the result; a failed certificate sets the exit status."""
     from ..report.render import result_view
 
-    console = Console()
-    console.print(result_view(result, layers=layers))
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        Console().print(result_view(result, layers=layers))
     if not result.passed:
         raise typer.Exit(NOT_CERTIFIED)

@@ -8,6 +8,7 @@ from .metrics import Metrics, Recorder, evaluate, evaluate_many, load_metric
 from .models import load_model, weights_note
 from .progress import progress
 from .size import model_size
+from .stated import stated_preprocess
 
 __all__ = [
     "ArrayData",
@@ -28,5 +29,6 @@ __all__ = [
     "onnxruntime_session",
     "progress",
     "read_checkpoint",
+    "stated_preprocess",
     "weights_note",
 ]

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..errors import DataError
 from .factory import call_factory
-from .images import Preprocess, read_images, scan_folder
+from .folders import read_label_map, scan_folder
+from .images import Preprocess, read_batches
 
 FORMS = (
     "a folder with one sub-folder of images per class, an .npz or .safetensors file with x and y, or file.py:factory"
 )
 BATCH = 50
+_ARRAYS = (".npz", ".safetensors")
 
 
 @runtime_checkable
@@ -85,7 +87,7 @@ class ArrayData:
 
 @dataclass(frozen=True)
 class FolderData:
-    """Images on disk, read batch by batch."""
+    """Images on disk, read batch by batch by ``workers`` threads (None: one for each core)."""
 
     paths: Sequence[Path]
     labels: list[int]
@@ -94,6 +96,9 @@ class FolderData:
     name: str
     batch: int = BATCH
     indices: tuple[int, ...] | None = None
+    workers: int | None = None
+    mapped: bool = False  # classes are numbered by a file, not by the order of their names
+    note: str | None = None
 
     @property
     def total(self) -> int:
@@ -105,8 +110,9 @@ class FolderData:
 
     def __iter__(self) -> Iterator[Any]:
         selected = [self.paths[i] for i in _selection(self)]
-        for chosen in _chunks(self):
-            x = read_images([self.paths[i] for i in chosen], self.preprocess, selected)
+        chunks = list(_chunks(self))
+        batches = [[self.paths[i] for i in chosen] for chosen in chunks]
+        for chosen, x in zip(chunks, read_batches(batches, self.preprocess, selected, self.workers)):
             yield x, torch.tensor([self.labels[i] for i in chosen])
 
 
@@ -156,30 +162,59 @@ def load_data(
     batch: int = BATCH,
     seed: int = 0,
     exclude: Data | None = None,
+    workers: int | None = None,
+    label_map: str | os.PathLike[str] | None = None,
 ) -> Data:
     """The data that ``spec`` names, cut to ``samples`` drawn evenly from all classes by ``seed``.
+
+    Where ``samples`` are asked for, they come with the classes taking turns, also where there are no more than these.
 
     ``spec`` is a folder with one sub-folder of images per class, an ``.npz`` or ``.safetensors`` file with
     ``x`` and ``y``, or ``file.py:factory`` for any iterable of batches. In files, float ``x`` is used as it
     is (in float32); uint8 ``x`` is taken for images and goes through the mean and std of ``preprocess``: what
     was converted is told in the result's ``note``. Samples of the same source that ``exclude`` uses are left out.
+    Folders are read by ``workers`` threads (None: one for each core; 0: none), and ``label_map`` is a file that says
+    which class each sub-folder is, where that is not the order of their names.
     """
     if samples is not None and samples < 1:
         raise DataError(f"{samples} samples of {spec!r} were asked for: at least one is needed")
     preprocess = preprocess or Preprocess()
-    path = Path(spec)
+    path = check_source(spec)
     source: ArrayData | FolderData
-    if path.is_dir():
-        paths, labels, classes = scan_folder(path)
-        source = FolderData(paths, labels, classes, preprocess, name=spec, batch=batch)
-    elif path.suffix in (".npz", ".safetensors"):
-        source = _read_arrays(path, preprocess, batch)
-    elif ":" in spec and not path.exists():
+    if path is None:
         return _from_factory(spec, samples)
+    if path.is_dir():
+        paths, labels, classes = scan_folder(path, None if label_map is None else read_label_map(label_map))
+        source = FolderData(
+            paths, labels, classes, preprocess, name=spec, batch=batch, workers=workers, mapped=label_map is not None,
+            note=_empty_classes(path, paths, classes),
+        )  # fmt: skip
+    elif label_map is not None:
+        raise DataError(f"{spec!r} has no class folders for the label map to number: its labels are in it")
     else:
-        problem = "is not data that Bitsmith reads" if path.exists() else f"does not exist (looked in {Path.cwd()})"
-        raise DataError(f"{spec!r} {problem}: give {FORMS}")
+        source = _read_arrays(path, preprocess, batch)
     return _selected(source, samples, seed, exclude)
+
+
+def check_source(spec: str) -> Path | None:
+    """The folder or file that ``spec`` names, None for a factory; DataError where it is none of these."""
+    path = Path(spec)
+    if path.is_dir() or (path.is_file() and path.suffix in _ARRAYS):
+        return path
+    if path.suffix in _ARRAYS:
+        raise DataError(f"the data file {spec!r} does not exist (looked in {Path.cwd()})")
+    if ":" in spec and not path.exists():
+        return None
+    problem = "is not data that Bitsmith reads" if path.exists() else f"does not exist (looked in {Path.cwd()})"
+    raise DataError(f"{spec!r} {problem}: give {FORMS}")
+
+
+def _empty_classes(folder: Path, paths: Sequence[Path], classes: Sequence[str]) -> str | None:
+    filled = {path.relative_to(folder).parts[0] for path in paths}
+    if not (empty := [name for name in classes if name not in filled]):
+        return None
+    names = ", ".join(map(repr, empty[:3])) + (" ..." if len(empty) > 3 else "")
+    return f"{len(empty)} of the {len(classes)} class folders in {str(folder)!r} hold no images ({names}): they count"
 
 
 def balanced_indices(labels: Sequence[int], samples: int, seed: int = 0) -> list[int]:
@@ -243,7 +278,7 @@ def _chunks(data: ArrayData | FolderData) -> Iterator[list[int]]:
 def _selected(
     source: ArrayData | FolderData, samples: int | None, seed: int, exclude: Data | None
 ) -> ArrayData | FolderData:
-    """Cut to ``samples``; never the first ones: folders and many files are sorted by class."""
+    """Cut to ``samples``; never the first ones, nor class by class: folders and many files are sorted by class."""
     candidates = list(range(source.total))
     if isinstance(exclude, ArrayData | FolderData) and exclude.name == source.name:
         used = set(_selection(exclude))
@@ -253,7 +288,7 @@ def _selected(
                 f"all {source.total} samples of {source.name!r} are used for calibration, so none is left to "
                 f"validate with: lower --calibration-samples or give other validation data"
             )
-    if samples is not None and samples < len(candidates):
+    if samples is not None:
         labels = source.labels or [0] * source.total
         chosen = balanced_indices([labels[index] for index in candidates], samples, seed)
         candidates = [candidates[index] for index in chosen]
@@ -274,8 +309,6 @@ def _from_factory(spec: str, samples: int | None) -> IterableData:
 
 
 def _read_arrays(path: Path, preprocess: Preprocess, batch: int) -> ArrayData:
-    if not path.is_file():
-        raise DataError(f"the data file {str(path)!r} does not exist (looked in {Path.cwd()})")
     tensors = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
     if "x" not in tensors:
         raise DataError(

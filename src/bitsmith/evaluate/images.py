@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,15 +15,18 @@ from torch import Tensor
 
 from ..errors import DataError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 class Preprocess(BaseModel):
     """From an image to an input: shorter side to ``resize``, centre ``crop``, then (x / 255 - mean) / std.
 
-    ``resize`` or ``crop`` 0 leaves that step out. The defaults are those of most ImageNet networks.
+    ``resize`` or ``crop`` 0 leaves that step out; with ``squash`` both sides become ``resize``. The defaults are those
+    of most ImageNet networks, the pixels those that torchvision's ``Resize`` and ``CenterCrop`` make of a PIL image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +35,15 @@ class Preprocess(BaseModel):
     crop: int = Field(default=224, ge=0)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    interpolation: Interpolation = "bilinear"
+    squash: bool = False
+
+    def __str__(self) -> str:
+        sides = "both sides" if self.squash else "shorter side"
+        parts = [f"{sides} to {self.resize} ({self.interpolation})"] if self.resize else []
+        parts += [f"centre {self.crop} x {self.crop}"] if self.crop else []
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return ", ".join([*parts, f"mean ({mean})", f"standard deviation ({std})"])
 
     @model_validator(mode="after")
     def _consistent(self) -> Preprocess:
@@ -62,54 +76,51 @@ class Preprocess(BaseModel):
             image = opened.convert("RGB" if len(self.mean) == 3 else "L")
         width, height = image.size
         if self.resize:
-            factor = self.resize / min(width, height)
-            width, height = max(round(width * factor), self.resize), max(round(height * factor), self.resize)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if self.crop:  # an image smaller than the crop gets black borders, as in torchvision
-            left, top = (width - self.crop) // 2, (height - self.crop) // 2
+            short = min(width, height)
+            width, height = (self.resize if self.squash else self.resize * side // short for side in (width, height))
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        if self.crop:  # an image smaller than the crop gets black borders
+            left, top = (_margin(side - self.crop) for side in (width, height))
             image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = torch.from_numpy(np.array(image))
         return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.unsqueeze(0)
 
 
-def scan_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """All images of a folder with one sub-folder per class: paths, class indices, and the classes' names.
+def _margin(difference: int) -> int:
+    """Where the centre starts, rounded as torchvision does: half to even, and of missing borders the first is less."""
+    return round(difference / 2) if difference >= 0 else -(-difference // 2)
 
-    Classes are numbered in the sorted order of their folders' names, as torchvision and timm number them.
+
+def read_batches(
+    batches: Sequence[Sequence[Path]], preprocess: Preprocess, everything: Sequence[Path], workers: int | None = None
+) -> Iterator[Tensor]:
+    """Each of ``batches`` as ``(N, C, H, W)``; the next one is read by ``workers`` threads while this one is used.
+
+    Where an image cannot be read, all of ``everything`` is checked, so that one error names how many there are.
+    ``workers`` None is one for each core, up to 16; 0 reads in this thread, when a batch is asked for.
     """
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        loose = sum(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir())
-        found = f"{loose} images lie directly in it" if loose else "it has no sub-folders and no images"
-        raise DataError(
-            f"the data folder {str(folder)!r} has no classes: {found}. It should have one sub-folder per "
-            f"class, such as {folder / 'cat' / '001.jpg'}"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in EXTENSIONS)
-        paths += files
-        labels += [label] * len(files)
-    if not paths:
-        raise DataError(
-            f"the {len(classes)} class folders in {str(folder)!r} hold no images: "
-            f"looked for {', '.join(sorted(EXTENSIONS))}"
-        )
-    return paths, labels, classes
-
-
-def read_images(paths: Sequence[Path], preprocess: Preprocess, everything: Sequence[Path]) -> Tensor:
-    """``paths`` as one batch ``(N, C, H, W)``; where one cannot be read, all of ``everything`` is checked."""
     from PIL import Image
 
     # Decompression bombs are an attack, not a picture; Pillow raises its own error type for them.
     unreadable = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        try:
-            images = list(pool.map(preprocess.read, paths))
-        except unreadable:
-            raise _unreadable(everything, preprocess, unreadable) from None
+    threads = min(16, os.cpu_count() or 1) if workers is None else workers
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(max_workers=threads) if threads else None
+        if pool is not None:
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        start = map if pool is None else pool.map
+        waiting = [start(preprocess.read, paths) for paths in batches[:1]]
+        for paths in [*batches[1:], None]:
+            if paths is not None:
+                waiting.append(start(preprocess.read, paths))
+            try:
+                images = list(waiting.pop(0))
+            except unreadable:
+                raise _unreadable(everything, preprocess, unreadable) from None
+            yield _batch(images, preprocess)
+
+
+def _batch(images: list[Tensor], preprocess: Preprocess) -> Tensor:
     if len({image.shape for image in images}) > 1:
         sizes = sorted({tuple(image.shape[1:]) for image in images})
         raise DataError(

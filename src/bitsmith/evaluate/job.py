@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from torch import nn
 
 from ..calibrate import parse_memory
 from ..deployment import deploy
-from ..errors import BitsmithError, DataError, ExportError, MissingExtraError, VerificationError
-from ..export import export_ai8x, export_onnx
+from ..errors import BitsmithError, DataError, ExportError, MissingExtraError, RecipeError, VerificationError
+from ..export import export_ai8x, export_onnx, export_torchscript
 from ..files import staged_dir, write_text
 from ..flow import quantize
 from ..grid import IntFormat, TensorSpec
+from ..options import apply_options
 from ..recipe import PlacementName, Recipe, load_recipe
 from ..report.model import Report
 from ..report.page import write_page
@@ -30,14 +32,15 @@ from ..storage import save
 from ..targets import get_target
 from ..verify import save_evidence, verify
 from ..verify.engines import EngineName, engine_for
-from .data import Data
+from .data import Data, FolderData
 from .float_file import export_float_onnx
 from .latency import Latency, latency_of_files
-from .metrics import Metric, Metrics, Recorder, evaluate, split_batch
+from .metrics import Metric, Metrics, Recorder, device_of, evaluate, split_batch
 from .progress import progress_callback
 
 MODEL_FILE = "model.onnx"
 CHIP_FILE = "model.pth.tar"
+TORCH_FILE = "model.pt"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -49,31 +52,40 @@ KEPT_SAMPLES = 16
 class JobSettings(BaseModel):
     """How the job is done; named as in ``bitsmith.quantize`` and ``bitsmith.export_onnx``; no recipe: the target's own.
 
-    ``style`` ``"auto"`` is ``"qcdq"`` where the recipe has activations that need its Clip, else ``"qdq"``.
+    ``options`` change the recipe (``bitsmith.options``). ``style`` ``"auto"`` is ``"qcdq"`` where the recipe has
+    activations that need its Clip, else ``"qdq"``. ``torchscript`` writes that kind of file too, in style ``"qcdq"``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str | None = None
+    options: dict[str, Any] = {}
     target: str = "onnxruntime"
     placement: PlacementName | None = None
+    resume: str | None = None
     style: Literal["auto", "qdq", "qcdq"] = "auto"
     opset: int | None = None
+    torchscript: bool = False
     memory: str = "4GB"
     latency: bool = True
     sensitivity: bool = False
     latency_seconds: float = Field(default=4.0, gt=0)
     latency_batches: tuple[int, ...] = (1, 8)
 
+    def load_recipe(self) -> Recipe:
+        """The recipe, or the target's own, with the options."""
+        return apply_options(load_recipe(self.recipe or get_target(self.target).default_recipe), self.options)
+
 
 class JobResult(BaseModel):
     """All numbers of one job; ``report.json`` is this, and its keys are part of Bitsmith's interface.
 
     ``report``: what was done, layer by layer. ``metrics``: ``float``, ``simulated`` and ``deployed`` (the
-    file in its runtime). ``certificate``: the file against simulation and integer executor. ``latency``: by
-    batch size, of the ``float`` and the ``quantized`` file. ``sizes``: bytes of both. ``files``: what the
-    folder holds. ``job``: settings, data, torch's threads. ``notes``: what the reader should know. ``recipe_yaml``,
-    ``pictures``, ``sensitivity``: what the page shows beside. docs/report.md describes every key.
+    file in its runtime). ``certificate``: the file against simulation and integer executor; ``other_certificates``:
+    further files, by name. ``latency``: by batch size, of the ``float`` and the ``quantized`` file. ``sizes``: bytes
+    of both. ``files``: what the folder holds. ``job``: settings, data, torch's threads. ``notes``: what the reader
+    should know. ``recipe_yaml``, ``pictures``, ``sensitivity``: what the page shows beside. docs/report.md describes
+    every key.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -81,6 +93,7 @@ class JobResult(BaseModel):
     report: Report
     metrics: dict[str, Metrics] = {}
     certificate: dict[str, Any] | None = None
+    other_certificates: dict[str, dict[str, Any]] = {}
     latency: dict[str, dict[str, Latency]] = {}
     sizes: dict[str, int] = {}
     files: dict[str, str] = {}
@@ -92,13 +105,17 @@ class JobResult(BaseModel):
 
     @property
     def passed(self) -> bool:
-        """Whether the certificate, if there is one, says that the file is right."""
-        return self.certificate is None or bool(self.certificate.get("passed"))
+        """Whether the certificates, if there are any, say that the files are right."""
+        certificates = [self.certificate or {"passed": True}, *self.other_certificates.values()]
+        return all(bool(certificate.get("passed")) for certificate in certificates)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model, its data, and how to quantize it; without ``validation``, calibration data are judged on."""
+    """A model, its data, and how to quantize it; without ``validation``, calibration data are judged on.
+
+    The model is calibrated and evaluated on the device where it is. ``notes`` go into the result.
+    """
 
     model: nn.Module
     calibration: Data
@@ -107,6 +124,7 @@ class Job:
     metric: Metric | None = None
     show_progress: bool | None = False
     say: Callable[[str], None] = lambda _: None
+    notes: tuple[str, ...] = ()
 
     @property
     def judged(self) -> Data:
@@ -117,7 +135,7 @@ class Job:
 def check_settings(settings: JobSettings) -> JobSettings:
     """The settings with the style decided; what cannot end in a file is refused, before any data is read.
 
-    Checked are the recipe, the target and whether it takes the recipe, style, opset and memory.
+    Checked are the recipe, its options, the target and whether it takes the recipe, resuming, style, opset and memory.
 
     >>> check_settings(JobSettings()).style
     'qdq'
@@ -125,8 +143,13 @@ def check_settings(settings: JobSettings) -> JobSettings:
     target = get_target(settings.target)
     if settings.recipe is None:
         settings = settings.model_copy(update={"recipe": target.default_recipe})
-    recipe = load_recipe(settings.recipe or target.default_recipe)
+    recipe = settings.load_recipe()
     target.check(recipe)
+    if settings.resume is not None and not any(step.stage in ("weights", "blocks") for step in recipe.steps):
+        raise RecipeError(
+            f"--resume: recipe {recipe.name!r} neither rounds by layer nor learns (gptq, learned-round ...), so there "
+            "is nothing to keep and to go on from"
+        )
     parse_memory(settings.memory)
     if settings.opset is not None:
         _check_opset(settings.opset, recipe)
@@ -134,7 +157,7 @@ def check_settings(settings: JobSettings) -> JobSettings:
     if settings.style == "qdq" and odd:
         kind = "narrow" if odd[0].bits in (8, 16) else f"{odd[0].bits}-bit"
         raise ExportError(
-            f"style 'qdq' has no Clip for the {kind} activations of recipe {settings.recipe!r}, which are narrower "
+            f"style 'qdq' has no Clip for the {kind} activations of recipe {recipe.name!r}, which are narrower "
             f"than their storage type: use style 'qcdq' or 'auto'"
         )
     if settings.style != "auto":
@@ -150,11 +173,12 @@ def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
         if job.metric is not None:
             raise DataError("your metric takes outputs and targets: give validation data with targets (y) to judge on")
         notes.append("no validation data: the models are compared on the calibration samples, which flatters")
-    notes += _conversions(job)
+    notes += [*job.notes, *_conversions(job)]
     recorder = Recorder(job.model)
     # First, so that data that cannot be read, or the wrong preprocessing, shows before any work is done.
     metrics = {"float": _measure(job, recorder, "float model")}
     job.say(f"float model: {_headline(metrics['float'])}")
+    notes += _doubts(job.judged, metrics["float"], recorder)
     quantized = _quantize(job)
     metrics["simulated"] = _measure(job, quantized, "simulation", recorder)
     job.say(f"simulation: {_headline(metrics['simulated'])}")
@@ -171,6 +195,8 @@ def run_job(job: Job, output: str | Path) -> JobResult:
     job = replace(job, settings=check_settings(job.settings))
     with staged_dir(output) as folder:
         result, quantized, recorder = simulate(job)
+        if device_of(job.model).type != "cpu":  # files are made, verified and timed where they run
+            job, quantized = replace(job, model=copy.deepcopy(job.model).cpu()), quantized.cpu()
         batches = _sample_inputs(job.judged)
         inputs = batches[0]
         _write(job, quantized, folder)
@@ -180,6 +206,8 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         deployed = deploy(_file(job, folder), engine=engine)
         result.metrics["deployed"] = _measure(job, deployed, f"file in {engine}", recorder)
         job.say(f"file in {engine}: {_headline(result.metrics['deployed'])}")
+        if job.settings.torchscript:
+            result.other_certificates[TORCH_FILE] = _write_torchscript(job, quantized, folder, batches)
         _weigh(job, folder, inputs, result)
         if job.settings.sensitivity:
             _sensitivity(job, result)
@@ -240,25 +268,42 @@ class _Unlabelled:
             yield batch[0] if isinstance(batch, tuple | list) and len(batch) <= 2 else batch
 
 
+def _doubts(data: Data, metrics: Metrics, recorder: Recorder) -> list[str]:
+    """What makes the float accuracy doubtful: classes that are numbered otherwise, or no better than guessing."""
+    scores, notes = recorder.scores or 0, []
+    if isinstance(data, FolderData) and not data.mapped and metrics.top1 is not None and scores != len(data.classes):
+        notes.append(
+            f"{data.name} has {len(data.classes):,} class folders, but the model {scores:,} scores: the folders are "
+            f"taken for its classes 0 to {len(data.classes) - 1} in the order of their names, which --label-map changes"
+        )
+    if metrics.top1 is not None and scores > 1 and metrics.samples >= 50 and metrics.top1 < 150.0 / scores:
+        notes.append(
+            f"the float model is right on {metrics.top1:.2f} %, which is guessing among {scores:,} classes: look at "
+            "the weights, the preparation of the images and the order of the classes"
+        )
+    return notes
+
+
 def _quantize(job: Job) -> Any:
     settings = job.settings
-    recipe = load_recipe(settings.recipe or get_target(settings.target).default_recipe)
+    recipe = settings.load_recipe()
     if recipe.placement == "dynamic":
         from ..dynamic import quantize_dynamic
 
-        job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, scales at run time")
+        job.say(f"quantizing: recipe {recipe.name}, target {settings.target}, scales at run time")
         return quantize_dynamic(job.model, recipe, settings.target, example_inputs=(_sample_inputs(job.judged)[0], {}))
-    job.say(f"quantizing: recipe {settings.recipe}, target {settings.target}, data {job.calibration.name}")
+    job.say(f"quantizing: recipe {recipe.name}, target {settings.target}, data {job.calibration.name}")
     start = time.perf_counter()
     with progress_callback(job.show_progress, "capturing the model") as show:
         quantized = quantize(
             job.model,
             job.calibration,
-            recipe=settings.recipe,
+            recipe=recipe,
             target=settings.target,
             placement=settings.placement,
             memory=settings.memory,
             progress=show,
+            resume=settings.resume,
         )
     job.say(f"quantized in {time.perf_counter() - start:.1f} s")
     return quantized
@@ -286,6 +331,14 @@ def _write(job: Job, quantized: Any, folder: Path) -> None:
         write_text(recipe, quantized.recipe.to_yaml())
 
 
+def _write_torchscript(job: Job, quantized: Any, folder: Path, batches: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """The TorchScript file, and its certificate."""
+    job.say(f"exporting {TORCH_FILE} (TorchScript, style qcdq)")
+    with progress_callback(job.show_progress, f"exporting {TORCH_FILE}") as show:
+        file = export_torchscript(quantized, folder / TORCH_FILE, style="qcdq")
+        return verify(quantized, file, batches, progress=show).model_dump(mode="json")
+
+
 def _sensitivity(job: Job, result: JobResult) -> None:
     """What each layer costs, and a proposal of which to keep at more bits; where that cannot be seen, a note."""
     settings = job.settings
@@ -293,7 +346,7 @@ def _sensitivity(job: Job, result: JobResult) -> None:
     with progress_callback(job.show_progress, "capturing the model") as show:
         try:
             result.sensitivity = sensitivity(
-                job.model, job.calibration, settings.recipe, settings.target, placement=settings.placement,
+                job.model, job.calibration, settings.load_recipe(), settings.target, placement=settings.placement,
                 memory=settings.memory, progress=show,
             )  # fmt: skip
         except BitsmithError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import numbers
 import time
@@ -46,16 +47,20 @@ class Metrics(BaseModel):
 class Recorder:
     """A model that remembers its outputs, so that others can be compared with them without running it again.
 
-    Past ``limit`` bytes it forgets them; ``reference`` is then the model itself.
+    Past ``limit`` bytes it forgets them; ``reference`` is then the model itself. ``scores`` is how many classes it
+    has told apart.
     """
 
     def __init__(self, model: Model, limit: int = 512 << 20) -> None:
         self._model = model
+        self.device = device_of(model)
+        self.scores: int | None = None
         self._left = limit
         self._outputs: list[Tensor] | None = []
 
     def __call__(self, *inputs: Any) -> Tensor:
         output = first_tensor(self._model(*inputs))
+        self.scores = output.shape[1] if output.ndim == 2 else None
         self._left -= output.numel() * output.element_size()
         if self._left < 0:
             self._outputs = None
@@ -80,8 +85,9 @@ def evaluate(
 ) -> Metrics:
     """Run ``model`` over ``data`` and measure its answers.
 
-    ``model`` maps a batch of inputs to outputs: a module or any function. ``reference`` is another such
-    model, or its outputs batch by batch; ``metric(outputs, targets)`` is called for each batch.
+    ``model`` maps a batch of inputs to outputs: a module, which gets them on its device, or any function.
+    ``reference`` is another such model, or its outputs batch by batch; ``metric(outputs, targets)`` is called for each
+    batch.
 
     >>> from bitsmith.evaluate import ArrayData
     >>> data = ArrayData(torch.eye(4), torch.tensor([0, 1, 2, 0]))
@@ -120,8 +126,10 @@ def evaluate_many(
 
 def _run(model: Model, inputs: tuple[Any, ...], data: Data) -> Tensor:
     """The model's answer; a batch that it cannot take is the data's fault, and described."""
+    device = device_of(model)
     try:
-        return first_tensor(model(*inputs))
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
+        return first_tensor(model(*moved))
     except BitsmithError:
         raise
     # What a model raises on inputs of the wrong shape or type is its author's choice.
@@ -170,13 +178,25 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first tensor among a model's outputs, which is the one that is judged, without its history."""
+    """The first tensor among a model's outputs, which is the one that is judged, in CPU memory, without its history."""
     for leaf in torch.utils._pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
-            return leaf.detach()
+            return leaf.detach().cpu()
         if hasattr(leaf, "__array__"):
             return torch.as_tensor(leaf)
     raise DataError(f"the model returned a {type(output).__name__} without any tensor: there is nothing to judge")
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: where its parameters or buffers are; of any function the CPU.
+
+    >>> device_of(nn.Linear(2, 2)).type
+    'cpu'
+    """
+    if isinstance(model, Recorder):
+        return model.device
+    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def count_parameters(model: nn.Module) -> int:

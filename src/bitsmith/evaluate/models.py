@@ -17,6 +17,7 @@ from ..errors import CaptureError, CheckpointError, MissingExtraError
 from .checkpoint import load_weights
 from .factory import call_factory
 
+PRETRAINED = "pretrained"
 FORMS = "torchvision:NAME, timm:NAME, package.module:factory, file.py:factory or a .pt2 file"
 
 
@@ -25,12 +26,14 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.M
 
     ``spec`` is ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``, ``file.py:factory`` (a
     function or class called without arguments) or a ``.pt2`` file; ``weights`` is a ``.safetensors``, ``.pt``
-    or ``.pth`` file. The network is never used: without ``weights`` a library's model is random, which
-    ``weights_note`` puts in words.
+    or ``.pth`` file, or ``"pretrained"``: the weights that torchvision or timm have for the model, which alone may
+    use the network, once. Without ``weights`` a library's model is random, which ``weights_note`` puts in words.
 
     >>> load_model("bitsmith.demo:digits_net").training
     False
     """
+    if weights == PRETRAINED:
+        return _pretrained(spec).eval()
     model = _build(spec)
     if weights is not None:
         load_weights(model, weights)
@@ -41,10 +44,14 @@ def weights_note(spec: str, weights: str | os.PathLike[str] | None) -> str | Non
     """A warning for models that ``load_model`` gives random weights, else None.
 
     >>> weights_note("timm:resnet18", None)
-    'timm:resnet18 without --weights has random weights: sizes and speed are real, accuracy means nothing'
+    'timm:resnet18 has random weights: sizes and speed are real, accuracy means nothing; --weights names a file, or \
+'pretrained' for the library's own'
     """
     if weights is None and spec.startswith(("torchvision:", "timm:")):
-        return f"{spec} without --weights has random weights: sizes and speed are real, accuracy means nothing"
+        return (
+            f"{spec} has random weights: sizes and speed are real, accuracy means nothing; --weights names a file, or "
+            f"{PRETRAINED!r} for the library's own"
+        )
     return None
 
 
@@ -53,7 +60,8 @@ def _build(spec: str) -> nn.Module:
         return _load_pt2(Path(spec))
     library, colon, name = spec.partition(":")
     if not colon or not name:
-        raise CaptureError(f"{spec!r} does not name a model: write {FORMS}")
+        hint = f"; did you mean torchvision:{spec} or timm:{spec}?" if spec.isidentifier() else ""
+        raise CaptureError(f"{spec!r} does not name a model: write {FORMS}{hint}")
     if library == "torchvision":
         return _torchvision(name)
     if library == "timm":
@@ -97,7 +105,7 @@ def _no_backbone(name: str) -> dict[str, None]:
     return {"weights_backbone": None} if any(part in name for part in parts) else {}
 
 
-def _timm(name: str) -> nn.Module:
+def _timm(name: str, *, pretrained: bool = False) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -109,9 +117,41 @@ def _timm(name: str) -> nn.Module:
         raise MissingExtraError(f"timm cannot be imported: {error}") from error
     if not timm.is_model(name):
         raise CaptureError(f"timm has no model {name!r}{_similar(name, timm.list_models())}")
-    model = timm.create_model(name, pretrained=False)
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # the hub's errors have no common type
+        if not pretrained:
+            raise
+        raise _not_fetched(f"timm:{name}", error) from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def _pretrained(spec: str) -> nn.Module:
+    """A library's model with the library's weights, which its cache has or the network gives."""
+    library, _, name = spec.partition(":")
+    if library == "timm":
+        return _timm(name, pretrained=True)
+    if library != "torchvision":
+        raise CheckpointError(f"--weights {PRETRAINED}: goes with torchvision:NAME and timm:NAME, not {spec!r}")
+    model = _torchvision(name)
+    weights = _import_torchvision().get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        prefix = file.stem.rpartition("-")[2]
+        try:
+            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=prefix, progress=False)
+        except Exception as error:  # urllib's, the disk's, or a wrong checksum
+            raise _not_fetched(spec, error) from error
+    return load_weights(model, file)
+
+
+def _not_fetched(spec: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the pretrained weights of {spec} cannot be fetched: {error}. Fetch them where there is a network, and name "
+        "the file with --weights"
+    )
 
 
 def _similar(name: str, names: list[str]) -> str:

@@ -23,6 +23,7 @@ _NONE = "-"
 _NOTES = 10
 _CONTENTS = {
     "model.onnx": "the quantized model, to deploy",
+    "model.pt": "the quantized model as TorchScript",
     "model.pth.tar": "the quantized model, for the network loader",
     "model.yaml": "its network description",
     "recipe.yaml": "how it was quantized",
@@ -189,6 +190,7 @@ def result_view(result: JobResult, *, layers: bool = False) -> RenderableType:
     parts.append(Text(coverage_line(result.report)))
     if result.certificate is not None:
         parts.append(certificate_line(result.certificate))
+    parts += [Text(f"{name} ").append(certificate_line(other)) for name, other in result.other_certificates.items()]
     parts += [Text(f"note: {note}", style="yellow") for note in [*result.notes, *_all_notes(result.report)]]
     if result.files:
         parts += [Text(""), _files_table(result.files)]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import BitsmithError, RecipeError
 from ..evaluate.images import Preprocess
-from ..evaluate.recipe_options import apply_options
+from ..options import Constraint, apply_options
 from ..recipe import load_recipe
 from ..targets import get_target
 
@@ -39,24 +39,12 @@ class ModelData(_Strict):
     preprocess: Preprocess = Preprocess()
 
 
-class Constraint(_Strict):
-    """Configurations in which every option of ``forbid`` has that value, or one of that list, are skipped."""
-
-    forbid: Options
-    reason: str
-
-    def forbids(self, options: Options) -> bool:
-        """Whether the configuration is one of those."""
-        return all(
-            name in options and options[name] in (value if isinstance(value, list) else [value])
-            for name, value in self.forbid.items()
-        )
-
-
 class Sweep(_Strict):
     """``grid`` maps options to lists, of which all combinations are run; ``runs`` lists more of them one by one.
 
     Options are those of ``bitsmith evaluate`` by their names, and ``recipe`` and ``target``; ``base`` holds for all.
+    ``constraints`` are the file's own, beside those that options have anyway (``bitsmith.options.CONSTRAINTS``):
+    configurations that meet one are skipped with its reason.
 
     >>> sweep = Sweep(
     ...     models=[ModelData(model="bitsmith.demo:digits_net", calibration="a", validation="b")],
