@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .flow import quantize
     from .migrate import migrate
     from .model import QuantizedModel
+    from .qat import QATSchedule, prepare_qat
     from .recipe import Override, Recipe, load_recipe
     from .report.write import write_report
     from .sensitivity import sensitivity
@@ -35,6 +36,7 @@ _PUBLIC = {
     "DynamicModel": "dynamic",
     "FloatFunctional": "eager",
     "Override": "recipe",
+    "QATSchedule": "qat",
     "QuantStub": "eager",
     "QuantizedModel": "model",
     "QuantizedTensor": "tensor",
@@ -55,6 +57,7 @@ _PUBLIC = {
     "load_recipe": "recipe",
     "migrate": "migrate",
     "prepare": "eager",
+    "prepare_qat": "qat",
     "quantize": "flow",
     "quantize_dynamic": "dynamic",
     "save": "storage",

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -26,6 +26,9 @@ from ..targets import Target, get_target
 from .captured import PreparedGraph
 from .modules import PreparedModules, convert_calibrated, prepare_by_hand, structure
 from .swap import LayerMapping, has_stubs, module_overrides
+
+if TYPE_CHECKING:
+    from ..qat import QATGraph
 
 
 def prepare(
@@ -103,10 +106,10 @@ def _with_quantizer(prepared: PreparedModules, quantizer: type[WatchingQuantizer
 
 
 def convert(
-    prepared: PreparedGraph | PreparedModules | nn.Module, *, memory: str | int = "4GB",
+    prepared: PreparedGraph | PreparedModules | QATGraph | nn.Module, *, memory: str | int = "4GB",
     example_inputs: Any = None, recipe: str | Path | Recipe | None = None, target: str | Target = "onnxruntime",
 ) -> QuantizedModel:  # fmt: skip
-    """The quantized model of a prepared one that has seen its calibration batches.
+    """The quantized model of a prepared one that has seen its calibration batches, or that has been trained.
 
     Of a model that could be captured it is, to the bit, what ``bitsmith.quantize`` gives for the same batches, the
     recipe's steps included. Of one quantized by hand it has a graph, and so files and engines, where its modules can be
@@ -115,13 +118,19 @@ def convert(
     A model written with ``bitsmith.nn`` layers that was calibrated in place (``bitsmith.nn.calibrate``), and perhaps
     trained, is taken as well, with ``example_inputs``: it keeps its grids, and nothing else is quantized
     (``recipe`` None: the one it was calibrated by).
+
+    Of what ``bitsmith.prepare_qat`` returned it is what that simulates in eval mode at this moment; training may go on.
     """
+    from ..qat import QATGraph
+
+    if isinstance(prepared, QATGraph):
+        return prepared.convert()
     if isinstance(prepared, PreparedGraph | PreparedModules):
         return prepared.convert(parse_memory(memory))
     if not isinstance(prepared, nn.Module) or not any(isinstance(m, QuantModule) for m in prepared.modules()):
         raise DataError(
-            f"convert takes what bitsmith.prepare returned, or a model of bitsmith.nn layers, not a "
-            f"{type(prepared).__name__}"
+            "convert takes what bitsmith.prepare or bitsmith.prepare_qat returned, or a model of bitsmith.nn layers, "
+            f"not a {type(prepared).__name__}"
         )
     if example_inputs is None:
         raise DataError("convert needs example_inputs to read a model of bitsmith.nn layers: one batch")

@@ -15,12 +15,16 @@ _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
+Unfolded = dict[str, tuple[nn.Module, nn.Module] | None]  # layer and norm by the layer's path; None: two norms
+
+
+def fold_batch_norm(graph: fx.GraphModule, unfolded: Unfolded | None = None) -> list[str]:
     """Fold every batch norm that has a layer to go into, in place; returns a line for each.
 
     With y = (x - mean) / sqrt(var + eps) * gamma + beta a norm after a layer scales its output channels; a
     norm before a layer scales its input channels, which is exact unless the layer pads with zeros (the zeros
     would have been normalized too). A layer that is called elsewhere as well is copied first.
+    ``unfolded`` receives layers and the norms behind them as they were.
     """
     log = []
     for node in list(graph.graph.nodes):
@@ -28,7 +32,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
         if not isinstance(norm, _NORM) or norm.running_mean is None:
             continue
         name = str(node.target)
-        if (folded := _fold_after(graph, node, norm) or _fold_before(graph, node, norm)) is not None:
+        if (folded := _fold_after(graph, node, norm, unfolded) or _fold_before(graph, node, norm)) is not None:
             log.append(f"batch norm {name} folded into {folded}")
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -77,12 +81,16 @@ def fold_into(layer: Any, norm: nn.Module) -> None:
     _set(layer, weight, bias, layer.weight.dtype)
 
 
-def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module) -> str | None:
+def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module, unfolded: Unfolded | None) -> str | None:
     """Layer, then norm: W' = scale * W, b' = scale * b + offset over output channels."""
     source = _layer_before(node)
     if source is None:
         return None
-    fold_into(_own_layer(graph, source), norm)
+    layer = _own_layer(graph, source)
+    if unfolded is not None:
+        name = str(source.target)
+        unfolded[name] = None if name in unfolded else (copy.deepcopy(layer), norm)
+    fold_into(layer, norm)
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     graph.graph.erase_node(node)
     return str(source.target)

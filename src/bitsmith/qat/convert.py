@@ -1,0 +1,127 @@
+"""From a trained model to the quantized one: its grids and folded weights in the graph that was placed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from ..calibrate.bias import set_bias_grid
+from ..capture.ops import module_of
+from ..errors import CalibrationError
+from ..flow import finish
+from ..grid import Grid, IntFormat, Quantizer
+from ..integer.pairs import raised_for_pairs
+from ..model import QuantizedModel
+from ..place.layers import QuantLayer
+from ..place.place import Placed
+from .layers import FreezableNorm, TrainedLayer
+from .quantizers import TrainingQuantizer
+
+if TYPE_CHECKING:
+    from .graph import QATGraph
+
+
+def convert_trained(trained: QATGraph) -> QuantizedModel:
+    """The QuantizedModel that ``trained`` simulates in eval mode."""
+    template = trained.template.copy()
+    with torch.no_grad():
+        _fill(template.graph, trained)
+    return finish(
+        template.graph, trained.recipe, trained.target, template.placed, None, [*trained.notes], {}, trained.signature
+    )
+
+
+def moved(placed: Placed, source: fx.GraphModule, copy: fx.GraphModule) -> Placed:
+    """What ``place`` did, told of a copy of its graph."""
+    nodes = {node.name: node for node in copy.graph.nodes}
+    paths = {id(module): name for name, module in source.named_modules()}
+    groups = [
+        dataclasses.replace(group, members=[copy.get_submodule(paths[id(q)]) for q in group.members])  # type: ignore[misc]
+        for group in placed.groups
+    ]
+    return dataclasses.replace(placed, layers=[nodes[n.name] for n in placed.layers], groups=groups, marks={})
+
+
+def _fill(graph: fx.GraphModule, trained: QATGraph) -> None:
+    """Write what was learned into a placed graph."""
+    known: dict[int, Grid] = {}  # one Grid for each quantizer: who shares it is told by identity
+    for name, module in list(graph.named_modules(remove_duplicate=False)):
+        if not name or name.endswith(("weight_quantizer", "bias_quantizer")):
+            continue
+        if isinstance(module, Quantizer):
+            module.set_grid(_grid(trained, name, known))
+    for node in graph.graph.nodes:
+        module = module_of(node)
+        if isinstance(module, QuantLayer):
+            _fill_layer(module, node, trained, known)
+    _fill_rest(graph, trained)
+
+
+def _grid(trained: QATGraph, path: str, known: dict[int, Grid]) -> Grid:
+    quantizer = trained.graph.get_submodule(path)
+    assert isinstance(quantizer, TrainingQuantizer)
+    if id(quantizer) not in known:
+        grid = quantizer.grid
+        if grid is None:
+            raise CalibrationError(f"the quantizer {path!r} has no range yet: run a training batch first")
+        known[id(quantizer)] = _stored(grid, unsigned=trained.target.unsigned_codes)
+    return known[id(quantizer)]
+
+
+def _stored(grid: Grid, *, unsigned: bool) -> Grid:
+    """The same grid in the codes that the target stores."""
+    fmt = grid.format
+    if not (unsigned and isinstance(fmt, IntFormat) and fmt.signed):
+        return grid
+    zero = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
+    half = 1 << (fmt.bits - 1)
+    return dataclasses.replace(
+        grid, format=dataclasses.replace(fmt, signed=False), zero_point=(zero + half).to(torch.int32)
+    )
+
+
+def _fill_layer(layer: QuantLayer, node: fx.Node, trained: QATGraph, known: dict[int, Grid]) -> None:
+    source = trained.graph.get_submodule(str(node.target))
+    assert isinstance(source, TrainedLayer)
+    weight, bias = source.folded(exact=True)
+    layer.layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        layer.layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    if layer.weight_quantizer is None or source.weight_quantizer is None:
+        return
+    source.weight_quantizer(weight)  # moving ranges of weights are those of the last weight seen
+    grid = source.weight_quantizer.grid
+    if grid is None:
+        raise CalibrationError(f"the weight of {node.target!r} has no range yet: run a training batch first")
+    if trained.target.law == "torch":
+        grid = raised_for_pairs(layer.layer, weight, grid, power_of_two=layer.weight_quantizer.spec.scale == "po2")
+    layer.weight_quantizer.set_grid(grid)
+    set_bias_grid(layer, node, trained.target.bias_unit)
+
+
+def _fill_rest(graph: fx.GraphModule, trained: QATGraph) -> None:
+    """Layers and constants that stay in float."""
+    for name, module in graph.named_modules():
+        if isinstance(module, QuantLayer | Quantizer) or _inside(graph, name):
+            continue
+        source = trained.graph if not name else trained.graph.get_submodule(name)
+        source = source.norm if isinstance(source, FreezableNorm) else source
+        for tensors, others in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
+            for key in tensors:
+                value = others.get(key, source._parameters.get(key))
+                if value is not None:
+                    tensors[key] = _like(tensors[key], value)
+
+
+def _like(old: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    copy = value.detach().clone()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(old, nn.Parameter) else copy
+
+
+def _inside(graph: fx.GraphModule, name: str) -> bool:
+    """Whether a path lies within a QuantLayer."""
+    parts = name.split(".")
+    return any(isinstance(graph.get_submodule(".".join(parts[:i])), QuantLayer) for i in range(1, len(parts)))
