@@ -55,6 +55,7 @@ def prepare_qat(
     from the model in train mode is told by name in its ``notes``. Of the recipe's steps, batch norms are folded; the
     others belong to post-training quantization. Raises CaptureError where the model cannot be read as a graph.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
     >>> p = prepare_qat(net, "int8", torch.randn(2, 3, 8, 8))
     >>> optimizer = torch.optim.SGD(p.parameters(), lr=0.01)
