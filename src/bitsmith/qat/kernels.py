@@ -19,7 +19,9 @@ from ..grid import FloatFormat, Grid, IntFormat, kernels
 from ..grid.kernels import flat_view
 from ..optimize.learned_scale import dense
 
-_PIECE = 1 << 16  # elements per thread: three pieces fit the second-level cache
+_PIECE = 1 << 16  # elements per thread: pieces of four tensors fit the second-level cache
+# Up to this many bits the difference of two float32 sums tells rounding errors from the values themselves.
+_COARSE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -90,32 +92,33 @@ def code_ends(grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 class StraightThrough(torch.autograd.Function):
-    """Fake-quantize to a given grid; the gradient passes where a value is not clipped.
+    """Fake-quantize to a grid; the gradient passes where a value is not clipped, without ``clipping`` everywhere.
 
-    ``idle`` are parameters that this pass does not depend on and that get gradients of zeros.
+    ``watch`` is shown ``x``; ``idle`` are parameters that this pass does not depend on, whose gradient is 0.
 
     Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons (arXiv 1308.3432).
 
-    >>> x = torch.tensor([0.6, 100.0], requires_grad=True)
-    >>> clipping = Clipping.of(Grid(IntFormat(8), torch.tensor(0.5)), margin=0.5, relu=False)
-    >>> StraightThrough.apply(x, clipping, None).sum().backward()
+    >>> x, grid = torch.tensor([0.6, 100.0], requires_grad=True), Grid(IntFormat(8), torch.tensor(0.5))
+    >>> StraightThrough.apply(x, grid, Clipping.of(grid, margin=0.5, relu=False), None).sum().backward()
     >>> x.grad
     tensor([1., 0.])
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, clipping: Clipping, watch: Callable[[Tensor], None] | None, *idle: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, *idle)
+        ctx: Any, x: Tensor, grid: Grid, clipping: Clipping | None, watch: Callable[[Tensor], None] | None,
+        *idle: Tensor,
+    ) -> Tensor:  # fmt: skip
+        x = dense(x)
+        ctx.save_for_backward(None if clipping is None else x, *idle)
         ctx.clipping = clipping
-        return kernels.fake_quantize(x, clipping.grid, watch)
+        return kernels.fake_quantize(x, grid, watch)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *idle = ctx.saved_tensors
-        grad = inside_only(grads[0], x, ctx.clipping) if ctx.needs_input_grad[0] else None
-        return grad, None, None, *(torch.zeros_like(p) for p in idle)
+        grad = grads[0] if x is None or not ctx.needs_input_grad[0] else inside_only(grads[0], x, ctx.clipping)
+        return grad, None, None, None, *(torch.zeros_like(p) for p in idle)
 
 
 class LearnedClipping(torch.autograd.Function):
@@ -124,8 +127,8 @@ class LearnedClipping(torch.autograd.Function):
     ``size`` gets ``per_size`` times the gradient of the logarithm of the scale: the sum of ``g * (out - x)`` over
     values inside and of ``g * out`` over clipped ones. With an ``offset`` the latter is ``g * (out - beta)``, ``beta``
     being the real value of code 0, and ``offset`` gets ``per_offset`` times the sum of ``g`` over clipped values.
-    Without ``rounding_counts`` only clipped values count, as in PACT. ``per_size``, ``per_offset`` and ``beta`` are
-    shaped like the scale.
+    Both are kept within -1 .. 1. Without ``rounding_counts`` only clipped values count, without bounds, as in PACT.
+    ``per_size``, ``per_offset`` and ``beta`` are shaped like the scale.
     """
 
     @staticmethod
@@ -145,11 +148,13 @@ class LearnedClipping(torch.autograd.Function):
         x, out = ctx.saved_tensors
         per_size, per_offset, beta = ctx.factors
         grad, moved, clipped = _with_sums(grads[0], x, out, ctx.clipping, ctx.rounding_counts, beta is not None)
+        bound = 1.0 if ctx.rounding_counts else math.inf
         grad_offset = None
         if beta is not None and clipped is not None:
             moved = moved - beta * clipped
-            grad_offset = clipped * per_offset
-        return grad if ctx.needs_input_grad[0] else None, moved * per_size, grad_offset, *(None,) * 5
+            grad_offset = (clipped * per_offset).clamp_(-bound, bound)
+        grad_size = (moved * per_size).clamp_(-bound, bound)
+        return grad if ctx.needs_input_grad[0] else None, grad_size, grad_offset, *(None,) * 5
 
 
 def inside_only(grad: Tensor, x: Tensor, clipping: Clipping) -> Tensor:
@@ -160,7 +165,11 @@ def inside_only(grad: Tensor, x: Tensor, clipping: Clipping) -> Tensor:
     tensor([0., 1., 0.])
     """
     if clipping.grid.scale.numel() == 1 and x.device.type == "cpu":
-        return torch.ops.aten.hardtanh_backward(grad, x, float(clipping.low), float(clipping.high))  # type: ignore[no-any-return]
+        passed = torch.empty_like(x)  # in the layout of x, whatever that of grad is: batch norms are slow otherwise
+        torch.ops.aten.hardtanh_backward.grad_input(
+            grad, x, float(clipping.low), float(clipping.high), grad_input=passed
+        )
+        return passed
     return grad * clipping.mask(x)
 
 
@@ -177,18 +186,21 @@ def _with_sums(
         return passed, clipping.sum_like_scale(terms), clipping.sum_like_scale(stopped) if with_clipped else None
     passed = torch.empty_like(x)
     low, high = float(clipping.low), float(clipping.high)
+    fine = isinstance(clipping.grid.format, IntFormat) and clipping.grid.format.bits > _COARSE_BITS
     sums: list[Tensor] = []
     clipped: list[Tensor] = []
     for g, value, quantized, target in _pieces(grad, x, out, passed):
         torch.ops.aten.hardtanh_backward.grad_input(g, value, low, high, grad_input=target)
-        if rounding_counts:
-            sums.append(torch.dot(target, quantized - value))
-        stopped = g - target
-        sums.append(torch.dot(stopped, quantized))
+        if not rounding_counts:
+            sums.append(torch.dot(g - target, quantized))
+        elif fine:
+            sums += [torch.dot(target, quantized - value), torch.dot(g - target, quantized)]
+        else:  # the same in two passes instead of five
+            sums += [torch.dot(g, quantized), -torch.dot(target, value)]
         if with_clipped:
-            clipped.append(stopped.sum())
+            clipped += [g.sum(), -target.sum()]
     shape = clipping.grid.scale.shape
-    total = torch.stack(sums).sum().reshape(shape)
+    total = torch.stack(sums).sum(dtype=torch.float64).float().reshape(shape)
     return passed, total, torch.stack(clipped).sum().reshape(shape) if with_clipped else None
 
 

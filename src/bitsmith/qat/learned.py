@@ -29,7 +29,8 @@ class _Learned(TrainingQuantizer):
         """What the gradient of the logarithm of the scale is multiplied by."""
         raise NotImplementedError
 
-    def _train(self, x: Tensor, grid: Grid) -> Tensor:
+    def _train(self, x: Tensor) -> Tensor:
+        grid = self._current()
         offset, per_offset, beta = self._offset_terms(x, grid)
         return LearnedClipping.apply(  # type: ignore[no-any-return,no-untyped-call]
             x, self._size(), offset, self._clipping(grid), self._per_size(x, grid), per_offset, beta,
@@ -65,7 +66,9 @@ class LearnedStepQuantizer(_Learned):
     A logarithm, since the scale then stays positive and finite whatever the optimizer does, moves in proportion to
     itself, and is left in place by weight decay. The paper's gradient scale ``1 / sqrt(N * qmax)`` balances
     ``grad_s / s`` against ``norm(grad_w) / norm(w)`` (section 2.2), so ``grad_s / sqrt(N * qmax) / s`` is the gradient
-    that the Parameter gets: a step of plain gradient descent moves the scale as the paper's does, to first order. N
+    that the Parameter gets: a step of plain gradient descent moves the scale as the paper's does, to first order. It is
+    kept within -1 .. 1: at 8 bits, or where a batch norm folded into a weight makes it small, the paper's steps are a
+    multiple of the scale itself, and training diverges. N
     counts the elements per scale, of one sample for activations. Powers of two: the exponent is rounded, and the
     gradient passes straight through the rounding. A zero point stays as it started.
 
@@ -75,9 +78,9 @@ class LearnedStepQuantizer(_Learned):
     >>> from bitsmith.grid import IntFormat, TensorSpec
     >>> quantizer = LearnedStepQuantizer(TensorSpec(format=IntFormat(4)), of_weight=True)
     >>> quantizer.initialize(Grid(IntFormat(4), torch.tensor(1.0)))
-    >>> quantizer(torch.tensor([0.6, 9.0])).sum().backward()
-    >>> quantizer.log_scale.grad  # (1 - 0.6 + 7) / sqrt(2 * 7)
-    tensor(1.9777)
+    >>> quantizer(torch.tensor([0.3, 9.0])).backward(torch.tensor([1.0, 3 / 7]))
+    >>> quantizer.log_scale.grad  # (0 - 0.3 + 3) / sqrt(2 * 7)
+    tensor(0.7216)
     """
 
     kind = "lsq"

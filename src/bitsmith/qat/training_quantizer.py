@@ -50,6 +50,7 @@ class TrainingQuantizer(Quantizer):
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("codes", torch.zeros(3, dtype=torch.int64))
         self._note_format(0)
+        self._fixed: tuple[Tensor, int, Clipping] | None = None
 
     # What it starts from
 
@@ -122,11 +123,14 @@ class TrainingQuantizer(Quantizer):
             return self(x.float()).to(x.dtype)  # type: ignore[no-any-return]
         if not self.started and not self._start_from(x.detach()):
             return x.relu() if self.subsumes_relu else x
-        grid = self.require_grid()
         if not self.frozen:
-            return self._train(x, grid)
-        idle = self.parameters(recurse=False) if torch.distributed.is_initialized() else ()
-        return StraightThrough.apply(x, self._clipping(grid), None, *idle)  # type: ignore[no-any-return,no-untyped-call]
+            return self._train(x)
+        grid = self.require_grid()
+        key = grid.scale, grid.scale._version  # what a frozen grid clips is found once
+        if self._fixed is None or self._fixed[0] is not key[0] or self._fixed[1] != key[1]:
+            self._fixed = *key, self._clipping(grid)
+        idle = self.parameters(recurse=False) if _is_distributed() else ()
+        return StraightThrough.apply(x, grid, self._fixed[2], None, *idle)  # type: ignore[no-any-return,no-untyped-call]
 
     def _clipping(self, grid: Grid) -> Clipping:
         return Clipping.of(grid, margin=self.margin, relu=self.subsumes_relu)
@@ -169,7 +173,7 @@ class TrainingQuantizer(Quantizer):
 
     def synchronize(self) -> None:
         """Average what this quantizer watches over all processes, where ``torch.distributed`` is initialized."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _is_distributed():
             return
         for value in self._shared():
             total = value.detach().clone()
@@ -186,7 +190,7 @@ class TrainingQuantizer(Quantizer):
         """The grid while it is not frozen."""
         raise NotImplementedError
 
-    def _train(self, x: Tensor, grid: Grid) -> Tensor:
+    def _train(self, x: Tensor) -> Tensor:
         """The forward pass while the grid is not frozen."""
         raise NotImplementedError
 
@@ -311,6 +315,10 @@ def clipping_range(grid: Grid, *, symmetric: bool) -> tuple[Tensor, Tensor]:
         least = -greatest
     scale = grid.scale.detach().double()
     return least * scale, greatest * scale
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_bits(bits: int) -> None:
