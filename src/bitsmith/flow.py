@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import fx, nn
 
 from .calibrate import calibrate, parse_memory
+from .calibrate.remembered import FloatStatistics
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, copy_graph, evaluation_mode, read_batches
@@ -100,8 +101,12 @@ def quantize_graph(
     graph: fx.GraphModule, batches: list[Arguments], recipe: Recipe, target: Target, signature: inspect.Signature, *,
     memory: str | int = "4GB", noise_samples: int | None = None, progress: Progress | None = None,
     resume: str | Path | None = None, notes: Iterable[str] = (), seconds: dict[str, float] | None = None,
+    remembered: FloatStatistics | None = None,
 ) -> QuantizedModel:  # fmt: skip
-    """The part of ``quantize`` behind capture; ``graph`` is changed, so give a copy to keep it for other recipes."""
+    """The part of ``quantize`` behind capture; ``graph`` is changed, so give a copy to keep it for other recipes.
+
+    ``remembered`` spares recipes for the same graph and ``batches`` most of the float stream, after the first.
+    """
     seconds = {} if seconds is None else seconds
     clock = _Clock(seconds)
     samples = noise_samples or recipe.samples
@@ -109,12 +114,13 @@ def quantize_graph(
     graph, prepared = prepare(graph, recipe, batches, partial(output_sqnr, batches, recipe, target))
     notes += prepared
     clock.lap("prepare")
+    seen = None if remembered is None else remembered.of(graph)
     placed = place(graph, recipe, target)
     clock.lap("place")
     channels_last(graph)
     log = calibrate(
         graph, placed, batches, target, memory=parse_memory(memory), noise_samples=samples,
-        steps=recipe.steps, progress=progress, resume=None if resume is None else Path(resume),
+        steps=recipe.steps, progress=progress, resume=None if resume is None else Path(resume), seen=seen,
     )  # fmt: skip
     clock.lap("calibrate")
     return finish(graph, recipe, target, placed, log, notes, seconds, signature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ..ranges import weight_grid
 from ..steps import Step
 from ..targets import Target
 from .auto_range import weight_axis
+from .remembered import RememberingWalk, Seen
 from .walk import Progress, Walk, WalkLog
 
 _CHUNK_BYTES = 4 << 20  # of the largest activation of a chunk: it should stay in cache
@@ -31,12 +33,16 @@ _MIN_CHUNK = 4
 def calibrate(
     graph: fx.GraphModule, placed: Placed, batches: list[Arguments], target: Target, *, memory: int,
     noise_samples: int = 128, steps: tuple[Step, ...] = (), progress: Progress | None = None,
-    resume: Path | None = None,
+    resume: Path | None = None, seen: Seen | None = None,
 ) -> WalkLog:  # fmt: skip
-    """Set the grid of every Quantizer in ``graph``; returns what the walk measured."""
+    """Set the grid of every Quantizer in ``graph``; returns what the walk measured.
+
+    ``seen`` holds what other walks over the same float graph and batches saw: ``FloatStatistics.of``.
+    """
     set_weight_grids(placed, target)
     chunks = rechunk(graph, batches)
-    return Walk(
+    walk = Walk if seen is None else partial(RememberingWalk, seen=seen)
+    return walk(
         graph, chunks, placed.groups, target, memory=memory, noise_samples=noise_samples,
         steps=steps, progress=progress, resume=resume,
     ).run()  # fmt: skip

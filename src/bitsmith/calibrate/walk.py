@@ -70,7 +70,7 @@ class Walk:
         self.graph, self.target, self.progress = graph, target, progress
         self.chunks = list(batches)
         self.counts = [sample_count(chunk) for chunk in self.chunks]
-        self.quantized_chunks = _chunks_for(self.counts, noise_samples)
+        self.quantized_chunks = leading_chunks(self.counts, noise_samples)
         self.stages = cut_into_stages(graph)
         self.group_of = {id(q): group for group in groups for q in group.members}
         self.block_steps = BlockSteps(self, next(filter(learns_from_minibatches, steps), None))
@@ -389,7 +389,7 @@ def stage_name(stage: Stage) -> str:
     return repr(str(named.target)) if named.op in ("call_module", "placeholder") else repr(named.name)
 
 
-def _chunks_for(counts: list[int], samples: int) -> int:
+def leading_chunks(counts: list[int], samples: int) -> int:
     """How many leading chunks hold at least ``samples`` samples."""
     total = 0
     for index, count in enumerate(counts):

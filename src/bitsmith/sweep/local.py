@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -35,7 +37,10 @@ class LocalEngine:
     def __init__(self, workers: int, retries: int = 2) -> None:
         self.slots = workers
         self._retries = retries
-        self._context = multiprocessing.get_context("spawn")
+        # Linux: imports are done once, in a process without threads that workers are forked from.
+        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            multiprocessing.set_forkserver_preload(["bitsmith.sweep.work"])
         self._idle: list[tuple[BaseProcess, Connection]] = []
         self._busy: dict[Connection, tuple[BaseProcess, str, dict[str, Any], int]] = {}
 
@@ -89,13 +94,21 @@ class LocalEngine:
 
 
 def _serve(pipe: Connection) -> None:
-    """Do what arrives until the sweep is gone: a pipe whose other end was killed ends too."""
+    """Do what arrives until the sweep is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from .work import run_configuration
 
     with suppress(EOFError, OSError):
         while True:
             pipe.send(run_configuration(pipe.recv()))
+
+
+def _end_with_parent() -> None:
+    """A sweep that was killed leaves nobody to compute for."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _death(exitcode: int | None, attempts: int) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from ..capture import capture, evaluation_mode, read_batches
-from ..capture.inputs import Arguments
+from ..calibrate.remembered import FloatStatistics
+from ..capture import capture, copy_graph, evaluation_mode, read_batches
+from ..capture.inputs import Arguments, tensors_of
 from ..eager import has_stubs, with_module_recipes
 from ..errors import BitsmithError, CaptureError
 from ..evaluate import Metrics, Recorder, evaluate, load_data, load_model, model_size
@@ -24,53 +26,85 @@ from ..recipe import Recipe
 from ..targets import get_target
 from .grid import ModelData
 
+_KEPT_BYTES = 1 << 30  # of validation data for each worker; more than that is read again for every configuration
+
+
+@dataclass
+class _Float:
+    """A model; its graph is captured when the first batch is at hand."""
+
+    model: nn.Module
+    graph: fx.GraphModule | None = None
+    captured: bool = False  # where it was and there is no graph, capture fails, which only some placements survive
+
+    def capture(self, batch: Arguments) -> None:
+        """Capture once, whatever the data."""
+        if not self.captured and not has_stubs(self.model):
+            with suppress(CaptureError), evaluation_mode(self.model):
+                self.graph = capture(self.model, batch)
+        self.captured = True
+
 
 @dataclass
 class _Shared:
     """What all configurations of one model, data and seed have in common."""
 
-    model: nn.Module
-    graph: fx.GraphModule | None  # None: capture fails, which only some placements survive
+    float: _Float
     calibration: list[Any]
     batches: list[Arguments]
     validation: Data
     reference: Any
     float_metrics: Metrics
+    statistics: FloatStatistics = field(default_factory=FloatStatistics)
 
 
 class _Kept:
-    """Batches that were read once."""
+    """Batches on the model's device, read once if they are not too many."""
 
-    def __init__(self, data: Data) -> None:
-        self.name = data.name
-        self._batches = list(data)
+    def __init__(self, data: Data, device: str) -> None:
+        self.name, self._data, self._device = data.name, data, device
+        self._batches: list[Any] | None = []
+        left = _KEPT_BYTES
+        for batch in self._read():
+            left -= sum(t.numel() * t.element_size() for t in tensors_of(batch))
+            if left < 0:
+                self._batches = None
+                return
+            self._batches.append(batch)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._data)
 
-    def __iter__(self) -> Any:
-        return iter(self._batches)
+    def __iter__(self) -> Iterator[Any]:
+        return self._read() if self._batches is None else iter(self._batches)
+
+    def _read(self) -> Iterator[Any]:
+        return (_on(self._device, batch) for batch in self._data)
+
+
+def _on(device: str, value: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), value)
 
 
 @lru_cache(maxsize=1)
-def _shared(spec: str, seed: int) -> _Shared:
+def _float(model: str, weights: str | None, device: str) -> _Float:
+    return _Float(load_model(model, weights).to(device))
+
+
+@lru_cache(maxsize=1)
+def _shared(spec: str, seed: int, device: str) -> _Shared:
     given = ModelData.model_validate_json(spec)
     load = partial(load_data, preprocess=given.preprocess, seed=seed)
     calibration = load(given.calibration, samples=given.calibration_samples)
-    validation = _Kept(load(given.validation, samples=given.validation_samples, exclude=calibration))
-    model = load_model(given.model, given.weights)
-    kept = list(calibration)
-    recorder = Recorder(model)
-    float_metrics = evaluate(recorder, validation)
-    graph, batches = None, []
-    if not has_stubs(model):
-        with evaluation_mode(model):
-            batches = read_batches(model, kept, None)
-            try:
-                graph = capture(model, batches[0])
-            except CaptureError:
-                graph = None
-    return _Shared(model, graph, kept, batches, validation, recorder.reference, float_metrics)
+    validation = _Kept(load(given.validation, samples=given.validation_samples, exclude=calibration), device)
+    float = _float(given.model, given.weights, device)
+    kept = [_on(device, batch) for batch in calibration]
+    recorder = Recorder(float.model)
+    metrics = evaluate(recorder, validation)
+    with evaluation_mode(float.model):
+        batches = read_batches(float.model, kept)
+    float.capture(batches[0])
+    return _Shared(float, kept, batches, validation, recorder.reference, metrics)
 
 
 def run_configuration(work: dict[str, Any]) -> dict[str, Any]:
@@ -92,21 +126,21 @@ def run_configuration(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(work: dict[str, Any]) -> dict[str, Any]:
-    shared = _shared(json.dumps(work["model"]), work["seed"])
-    recipe = Recipe.model_validate(work["recipe"])
-    if shared.graph is None:
-        quantized = quantize(shared.model, shared.calibration, recipe, work["target"])
+    shared = _shared(json.dumps(work["model"]), work["seed"], work.get("device", "cpu"))
+    model, graph = shared.float.model, shared.float.graph
+    recipe, target = Recipe.model_validate(work["recipe"]), get_target(work["target"])
+    if graph is None:
+        quantized = quantize(model, shared.calibration, recipe, target)
     else:
-        graph = copy.deepcopy(shared.graph)
-        recipe = with_module_recipes(recipe, shared.model, graph)
-        quantized = quantize_graph(
-            graph, shared.batches, recipe, get_target(work["target"]), inspect.signature(shared.model.forward)
-        )
+        graph = copy_graph(graph)
+        recipe = with_module_recipes(recipe, model, graph)
+        signature = inspect.signature(model.forward)
+        quantized = quantize_graph(graph, shared.batches, recipe, target, signature, remembered=shared.statistics)
     metrics = evaluate(quantized, shared.validation, reference=shared.reference)
     report = quantized.report
+    measured = {"float_top1": shared.float_metrics.top1, **metrics.model_dump(exclude={"seconds", "metric"})}
     return {
-        "float_top1": shared.float_metrics.top1,
-        **metrics.model_dump(exclude={"seconds", "metric"}),
+        **{name: round(value, 6) if isinstance(value, float) else value for name, value in measured.items()},
         "integer_share": report.coverage.fraction if report.coverage else None,
         "bytes": model_size(quantized),
         "notes": "; ".join([*report.notes]),
