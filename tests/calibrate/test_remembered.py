@@ -14,10 +14,10 @@ import bitsmith as bs
 from bitsmith.calibrate.remembered import FloatStatistics, RememberingWalk
 from bitsmith.capture import capture, copy_graph, read_batches
 from bitsmith.errors import NonFiniteError
-from bitsmith.evaluate.recipe_options import apply_options
 from bitsmith.flow import quantize_graph
 from bitsmith.grid.spec import RANGE_RULES
 from bitsmith.model import QuantizedModel
+from bitsmith.options import apply_options
 from bitsmith.ranges import MinMax, Rule, register_range_rule
 from bitsmith.ranges.rules import RULES
 from bitsmith.targets import get_target
