@@ -9,6 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -37,10 +38,7 @@ class LocalEngine:
     def __init__(self, workers: int, retries: int = 2) -> None:
         self.slots = workers
         self._retries = retries
-        # Linux: imports are done once, in a process without threads that workers are forked from.
-        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
-            multiprocessing.set_forkserver_preload(["bitsmith.sweep.work"])
+        self._context = _context()
         self._idle: list[tuple[BaseProcess, Connection]] = []
         self._busy: dict[Connection, tuple[BaseProcess, str, dict[str, Any], int]] = {}
 
@@ -91,6 +89,14 @@ class LocalEngine:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         theirs.close()  # so that its end is the end of the pipe
         return process, ours
+
+
+def _context() -> SpawnContext | ForkServerContext:
+    """How processes start; on Linux imports are done once, in one without threads that the workers are forked from."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    multiprocessing.set_forkserver_preload(["bitsmith.sweep.work"])
+    return multiprocessing.get_context("forkserver")
 
 
 def _serve(pipe: Connection) -> None:
