@@ -137,13 +137,13 @@ def _random(name: str) -> Benchmark:
 
 
 RESNET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_SHUFFLENET = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+SHUFFLENET_NORM = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 _LOADERS: dict[str, Callable[[str], Benchmark]] = {
     "resnet20": _cifar(resnet20, "cifar10_resnet20_akamaster.safetensors", *RESNET_NORM, 91.73),
     "resnet32": _cifar(resnet32, "cifar10_resnet32_akamaster.safetensors", *RESNET_NORM, 92.62),
     "shufflenetv2_x0_5": _cifar(
-        shufflenetv2_x0_5, "cifar10_shufflenetv2_x0_5_chenyaofo.safetensors", *_SHUFFLENET, 90.64
+        shufflenetv2_x0_5, "cifar10_shufflenetv2_x0_5_chenyaofo.safetensors", *SHUFFLENET_NORM, 90.64
     ),
     "mobilenet_v1_025": _imagenet(MobileNetV1, "imagenet_mobilenet_v1_0.25_224.safetensors", 224, None, 57.1),
     "mcunet_in4": _imagenet(MCUNet, "imagenet_mcunet_in4_160_bnfolded_bf16.safetensors", 160, 182, 78.5),

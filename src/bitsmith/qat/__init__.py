@@ -3,8 +3,18 @@
 from .build import Kinds
 from .distillation import Distillation
 from .graph import QATGraph
+from .oscillation import Oscillation
 from .prepare import prepare_qat
 from .quantizers import TrainingQuantizer, make_quantizer
 from .schedule import QATSchedule
 
-__all__ = ["Distillation", "Kinds", "QATGraph", "QATSchedule", "TrainingQuantizer", "make_quantizer", "prepare_qat"]
+__all__ = [
+    "Distillation",
+    "Kinds",
+    "Oscillation",
+    "QATGraph",
+    "QATSchedule",
+    "TrainingQuantizer",
+    "make_quantizer",
+    "prepare_qat",
+]

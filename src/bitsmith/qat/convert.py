@@ -56,7 +56,7 @@ def _fill(graph: fx.GraphModule, trained: QATGraph) -> None:
     for node in graph.graph.nodes:
         module = module_of(node)
         if isinstance(module, QuantLayer):
-            _fill_layer(module, node, trained, known)
+            _fill_layer(module, node, trained)
     _fill_rest(graph, trained)
 
 
@@ -64,10 +64,7 @@ def _grid(trained: QATGraph, path: str, known: dict[int, Grid]) -> Grid:
     quantizer = trained.graph.get_submodule(path)
     assert isinstance(quantizer, TrainingQuantizer)
     if id(quantizer) not in known:
-        grid = quantizer.grid
-        if grid is None:
-            raise CalibrationError(f"the quantizer {path!r} has no range yet: run a training batch first")
-        known[id(quantizer)] = _stored(grid, unsigned=trained.target.unsigned_codes)
+        known[id(quantizer)] = _stored(_required(quantizer, path), unsigned=trained.target.unsigned_codes)
     return known[id(quantizer)]
 
 
@@ -83,23 +80,30 @@ def _stored(grid: Grid, *, unsigned: bool) -> Grid:
     )
 
 
-def _fill_layer(layer: QuantLayer, node: fx.Node, trained: QATGraph, known: dict[int, Grid]) -> None:
+def _fill_layer(layer: QuantLayer, node: fx.Node, trained: QATGraph) -> None:
     source = trained.graph.get_submodule(str(node.target))
     assert isinstance(source, TrainedLayer)
     weight, bias = source.folded(exact=True)
+    grid = None
+    if layer.weight_quantizer is not None and source.weight_quantizer is not None:
+        source.weight_quantizer(weight)  # the range of a weight that it follows is that of the last one seen
+        grid = _required(source.weight_quantizer, str(node.target))
+        weight = weight if source.oscillation is None else source.oscillation.hold(weight, grid)
     layer.layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         layer.layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    if layer.weight_quantizer is None or source.weight_quantizer is None:
+    if layer.weight_quantizer is None or grid is None:
         return
-    source.weight_quantizer(weight)  # moving ranges of weights are those of the last weight seen
-    grid = source.weight_quantizer.grid
-    if grid is None:
-        raise CalibrationError(f"the weight of {node.target!r} has no range yet: run a training batch first")
     if trained.target.law == "torch":
         grid = raised_for_pairs(layer.layer, weight, grid, power_of_two=layer.weight_quantizer.spec.scale == "po2")
     layer.weight_quantizer.set_grid(grid)
     set_bias_grid(layer, node, trained.target.bias_unit)
+
+
+def _required(quantizer: TrainingQuantizer, path: str) -> Grid:
+    if (grid := quantizer.grid) is None:
+        raise CalibrationError(f"{path!r} has no range yet: every value it saw was 0; run more training batches")
+    return grid
 
 
 def _fill_rest(graph: fx.GraphModule, trained: QATGraph) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from .build import initialize, layers_of
 from .convert import convert_trained, moved
 from .distillation import Distillation
 from .layers import FreezableNorm, TrainedLayer
+from .oscillation import Oscillation, OscillationTracker
 from .quantizers import TrainingQuantizer
 
 _MEMORY = 4_000_000_000  # bytes of activations kept while ranges are found
@@ -62,6 +64,7 @@ class QATGraph(nn.Module):
         self.template, self.signature, self.notes = template, signature, notes
         self.has_ranges = False
         self.distillation: Distillation | None = None
+        self.damping, self.progress = 0.0, 1.0  # of oscillations, and how much of the training is over
         self._compared: tuple[Any, Any] | None = None  # outputs and the teacher's, of the last run in train mode
         self.bits = {name: _width(quantizer) for name, quantizer in self.named_quantizers()}
 
@@ -93,7 +96,7 @@ class QATGraph(nn.Module):
     def penalty(self) -> Tensor:
         """What to add to the loss of the batch that was just run: ``loss = criterion(p(x), y) + p.penalty()``.
 
-        That of distillation, where it is on; else 0.
+        That of distillation and that of oscillating weights, where they are on; else 0.
         """
         total = next(self.graph.parameters()).new_zeros(())
         if self.distillation is not None:
@@ -101,7 +104,21 @@ class QATGraph(nn.Module):
                 raise DataError("penalty() is that of the batch before it: run one in train mode first")
             total = total + self.distillation.loss(*self._compared)
             self._compared = None
+        if self.damping and self.progress:
+            strength = self.damping * (1 - math.cos(math.pi * self.progress)) / 2
+            total = total + strength * torch.stack([layer.damping_loss() for layer in self.layers().values()]).sum()
         return total
+
+    def watch_oscillations(self, oscillation: Oscillation) -> None:
+        """Damp or freeze weights that oscillate."""
+        self.damping = oscillation.damping
+        if oscillation.threshold is None:
+            return
+        for layer in self.layers().values():
+            if layer.weight_quantizer is not None:
+                shape = cast(Tensor, layer.layer.weight).shape
+                tracker = OscillationTracker(shape, threshold=oscillation.threshold, momentum=oscillation.momentum)
+                layer.oscillation = tracker.to(cast(Tensor, layer.layer.weight).device)
 
     def calibrate(self, batches: list[Arguments]) -> None:
         """Start all ranges from batches, given as ``(args, kwargs)``; all processes take those of the first."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..grid import Grid, IntFormat, fake_quantize
+from .oscillation import OscillationTracker, codes, damping_loss
 from .quantizers import TrainingQuantizer
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -57,6 +58,8 @@ class TrainedLayer(_Freezable):
         super().__init__()
         self.layer, self.norm, self.weight_quantizer = layer, norm, weight_quantizer
         self.bias_bits, self.bias_unit = bias_bits, bias_unit
+        self.oscillation: OscillationTracker | None = None
+        self._seen: int | None = None  # version of the weight that the tracker last saw
         self.inputs: tuple[TrainingQuantizer, ...] = ()  # in a tuple: it is a module of the graph, not of this layer
 
     @property
@@ -82,9 +85,29 @@ class TrainedLayer(_Freezable):
         if self.is_normalizing:
             return self._normalize(self._run(x, self._unfolded_weight(), getattr(self.layer, "bias", None)))
         weight, bias = self.folded(exact=not self.training)
-        if self.weight_quantizer is not None:
-            weight = self.weight_quantizer(weight)
-        return self._run(x, weight, self._quantized_bias(bias))
+        return self._run(x, self.quantized(weight), self._quantized_bias(bias))
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """A folded weight on its grid; where oscillations are tracked, those that are frozen at their codes."""
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            return weight
+        if self.oscillation is not None and (grid := quantizer.grid) is not None:
+            version = cast(Tensor, self.layer.weight)._version  # an optimizer step changes it
+            if self.training and version != self._seen:
+                self.oscillation.observe(codes(weight, grid))
+                self._seen = version
+            weight = self.oscillation.hold(weight, grid)
+        return cast(Tensor, quantizer(weight))
+
+    def damping_loss(self) -> Tensor:
+        """How far weights are from the middle of their codes; only weights move by it."""
+        quantizer = self.weight_quantizer
+        weight = cast(Tensor, self.layer.weight)
+        if self.norm is not None:
+            weight = weight * self._per_output(self._factor(weight.dtype).detach())
+        grid = None if quantizer is None else quantizer.grid
+        return weight.new_zeros(()) if grid is None else damping_loss(weight, grid)
 
     def bias_grid(self) -> Grid | None:
         """The grid of the bias, ``s_x * s_w``; None where it stays float."""
@@ -127,7 +150,7 @@ class TrainedLayer(_Freezable):
         factor = self._factor(weight.dtype)
         alive = torch.where(factor.detach().abs() < _LEAST_FACTOR, torch.ones_like(factor), factor)
         shaped = self._per_output(alive)
-        return cast(Tensor, self.weight_quantizer(weight * shaped) / shaped)
+        return self.quantized(weight * shaped) / shaped
 
     def _normalize(self, x: Tensor) -> Tensor:
         """The batch norm of a convolution's output, or of a linear layer's, whose features are last."""

@@ -25,6 +25,7 @@ from .build import Kinds, training_graph
 from .distillation import Distillation
 from .graph import QATGraph, Template
 from .groups import groups_of
+from .oscillation import Oscillation
 from .parameters import restore_parameters
 from .randomness import marking_randomness, take_randomness, what_is_lost
 from .schedule import QATSchedule
@@ -34,6 +35,7 @@ def prepare_qat(
     model: nn.Module, recipe: str | Path | Recipe | None = None, example_inputs: Any = None,
     target: str | Target = "onnxruntime", *, calibration: Iterable[Any] | None = None, kind: str | Kinds = "auto",
     schedule: QATSchedule | None = None, teacher: nn.Module | Distillation | None = None,
+    oscillation: Oscillation | None = None,
     placement: PlacementName | None = None, overrides: Iterable[Override] = (), forward: ForwardFunction | None = None,
 ) -> QATGraph:  # fmt: skip
     """A copy of ``model`` that trains on the grids of ``recipe``, in your own loop; ``bitsmith.convert`` ends it.
@@ -48,7 +50,8 @@ def prepare_qat(
     bits on, ``lsq`` (``lsq+`` for affine activations) below. ``bitsmith.qat.Kinds(weights, activations)`` tells the
     two apart.
     ``schedule`` freezes norms and ranges. ``teacher``: the float model, mostly, or a ``bitsmith.qat.Distillation``; add
-    ``p.penalty()`` to the loss. ``example_inputs``, ``placement``, ``overrides`` and ``forward`` are those of
+    ``p.penalty()`` to the loss. ``oscillation``: a ``bitsmith.qat.Oscillation``, to damp or freeze weights that jump to
+    and fro. ``example_inputs``, ``placement``, ``overrides`` and ``forward`` are those of
     ``bitsmith.quantize``.
 
     The result trains as any module: dropouts act in train mode, parameters that were frozen stay frozen. What differs
@@ -77,6 +80,8 @@ def prepare_qat(
         p = _from_float(model, recipe, target, example_inputs, calibration, kinds, forward)
     if teacher is not None:
         p.distillation = teacher if isinstance(teacher, Distillation) else Distillation(teacher)
+    if oscillation is not None:
+        p.watch_oscillations(oscillation)
     if schedule is not None:
         schedule.attach(p)
     return p.train()

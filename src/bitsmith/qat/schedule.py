@@ -67,9 +67,16 @@ class QATSchedule:
         if not self.models:
             raise DataError("this QATSchedule governs no model: give it to prepare_qat(..., schedule=schedule)")
         self.count += 1
-        if self.count in (self.freeze_bn, self.freeze_ranges, *self.bits):
-            for model in self.models:
+        changes = self.count in (self.freeze_bn, self.freeze_ranges, *self.bits)
+        for model in self.models:
+            model.progress = self.progress
+            if changes:
                 self._apply(model)
+
+    @property
+    def progress(self) -> float:
+        """How much of the training is over, 0 to 1."""
+        return min(self.count / self.total, 1.0) if self.total else 1.0
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the steps of an optimizer."""
@@ -79,6 +86,7 @@ class QATSchedule:
 
     def _apply(self, model: QATGraph) -> None:
         """Bring a model to where the count stands."""
+        model.progress = self.progress
         model.freeze_norms(self.count >= self.freeze_bn)
         if self.count >= self.freeze_ranges:
             model.freeze_ranges(learned=self.freezes_learned)
