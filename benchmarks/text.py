@@ -43,7 +43,7 @@ FIELDS = ("net", "bits", "group", "step", "metric", "found", "float", "taken_bac
 STEPS: dict[str, tuple[Step, ...]] = {
     "nearest": (), "gptq": (Gptq(),), "gptq, 1 scale": (Gptq(scales=1),), "qronos": (Qronos(),),
 }  # fmt: skip
-EQUALIZE = EqualizeActivations(alpha="search", insert=True)
+EQUALIZE = EqualizeActivations()
 
 
 class Padded(nn.Module):

@@ -52,10 +52,12 @@ class EqualizeActivations(_Step):
     stage: ClassVar[Stage] = "prepare"
     name: Literal["equalize_activations"] = "equalize_activations"
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["search"] = Field(
-        default=0.5, description="how much moves into the weights, 0 to 1; 'search': least output error, per layer"
+        default="search", description="how much moves into the weights, 0 to 1; 'search': least output error, per layer"
     )
     insert: bool | None = Field(
-        default=None, description="multiply where nothing before a layer can be scaled; None: under 'layerwise' only"
+        default=None,
+        description="multiply where nothing before a layer can be scaled; None: under 'layerwise' everywhere, else "
+        "only what is computed in float",
     )
 
 

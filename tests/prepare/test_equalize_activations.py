@@ -137,3 +137,43 @@ def test_inserted_multiplications_are_saved_and_exported(tmp_path: Path) -> None
     torch.testing.assert_close(bs.load(tmp_path / "saved", _mlp())(x), q(x), rtol=0, atol=0)
     certificate = bs.verify(q, bs.export_onnx(q, tmp_path / "m.onnx"), [x])
     assert certificate.passed
+
+
+class _PostNorm(nn.Module):
+    """Attention's three layers on a norm whose output is added to theirs: no factor can go into the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        with torch.no_grad():
+            self.norm.weight[3], self.norm.weight[7] = 60.0, 90.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        return y + torch.softmax(self.query(y) @ self.key(y).mT, -1) @ self.value(y)
+
+
+def test_layers_behind_a_norm_that_others_read_share_one_multiplication(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _PostNorm().eval(), torch.randn(64, 5, 16)
+    plain = bs.quantize(model, [x], Recipe.model_validate({**INT8.model_dump(), "steps": ("fold_batch_norm",)}))
+    steps = ("fold_batch_norm", "equalize_activations")
+    q = bs.quantize(model, [x], Recipe.model_validate({**INT8.model_dump(), "steps": steps}))
+    assert [name for name, _ in q.graph.named_buffers() if name.endswith("input_scale")] == ["query_input_scale"]
+    assert q.report.output_sqnr_db > plain.report.output_sqnr_db
+    bs.save(q, tmp_path / "saved")
+    torch.testing.assert_close(bs.load(tmp_path / "saved", _PostNorm().eval())(x), q(x), rtol=0, atol=0)
+    assert bs.verify(q, bs.export_onnx(q, tmp_path / "m.onnx"), [x]).passed
+
+
+@pytest.mark.parametrize(("insert", "expected"), [(None, ["2_input_scale"]), (False, [])])
+def test_only_what_is_computed_in_float_is_multiplied_unless_asked(insert: Any, expected: list[str]) -> None:
+    """The model's own input is left alone, GELU's output is float already."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8)).eval()
+    batches = read_batches(model, [torch.randn(64, 5, 16)])
+    graph = capture(model, batches[0])
+    with torch.no_grad():
+        equalize_activations(graph, batches, EqualizeActivations(alpha=0.5, insert=insert), INT8)
+    assert [name for name, _ in graph.named_buffers() if name.endswith("input_scale")] == expected

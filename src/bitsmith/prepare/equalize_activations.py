@@ -2,11 +2,12 @@
 
 Source: Xiao et al., SmoothQuant (arXiv 2211.10438), equations (3) and (4): X' = X diag(s)^-1, W' = diag(s) W with
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). The division goes into the layers that give X where f(sx) = s f(x) lies
-between (``channels.py``), else into a multiplication in front of the layer.
+between (``channels.py``), else into a multiplication in front of the layers that read X.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch.func import functional_call
 
 from ..capture.inputs import Arguments, first_samples
+from ..capture.ops import op_of
 from ..grid import TensorSpec, fake_quantize
 from ..ranges import activation_grid, activation_statistic, weight_grid
 from ..recipe import Recipe
@@ -24,8 +26,9 @@ from .equalize import apply_scales, channel_ends, limits, one_sample, raise_to
 from .structure import insert_scale
 from .weights import in_range, scale_inputs
 
-_ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75)
+_ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SEARCH_SAMPLES = 8
+_WORTH = 0.9  # of the error: what a multiplication must bring it down to
 
 
 @dataclass(eq=False)
@@ -60,17 +63,17 @@ def equalize_activations(
     folded[FIXED] = 1.0
     apply_scales(flow, torch.minimum(folded[flow.roots], limit))
 
-    insert = recipe.placement == "layerwise" if options.insert is None else options.insert
+    everywhere = recipe.placement == "layerwise" if options.insert is None else options.insert
     inserted = 0
-    for name, link in links.items() if insert else ():
-        assert link.reads is not None
-        if len(link.callers) > 1 or bool((flow.roots[link.reads] != FIXED).any()):
+    for source, group in _by_source(flow, links) if everywhere or options.insert is None else ():
+        if not everywhere and not _is_float(source):
             continue
-        group = _Group(torch.arange(len(link.reads)), [(name, link)])
-        alpha, scale = _best(options, reach[name], in_range(link.layer), group, None, inputs, recipe)
+        weight = torch.stack([in_range(link.layer) for _, link in group.links]).amax(0)
+        alpha, scale = _best(options, reach[group.links[0][0]], weight, group, None, inputs, recipe)
         if alpha is not None:
-            insert_scale(graph, name, scale)
-            scale_inputs(link.layer, 1 / scale)
+            insert_scale(graph, [name for name, _ in group.links], scale)
+            for _, link in group.links:
+                scale_inputs(link.layer, 1 / scale)
             chosen.append(alpha)
             inserted += 1
     spread = f"alpha {min(chosen):g} to {max(chosen):g}" if chosen else "nothing to scale"
@@ -91,6 +94,26 @@ def _groups(flow: ChannelFlow, links: Iterable[tuple[str, Link]]) -> list[_Group
                         [*(item for g in touching for item in g.links), (name, link)])  # fmt: skip
         groups = [g for g in groups if g not in touching] + [merged]
     return groups
+
+
+def _by_source(flow: ChannelFlow, links: dict[str, Link]) -> list[tuple[fx.Node, _Group]]:
+    """Layers by the value that they read, where nothing before it can be scaled."""
+    found: dict[tuple[fx.Node, int], _Group] = {}
+    for name, link in links.items():
+        assert link.reads is not None
+        source = link.callers[0].args[0]
+        if len(link.callers) == 1 and bool((flow.roots[link.reads] == FIXED).all()):
+            assert isinstance(source, fx.Node)
+            count = len(link.reads)
+            found.setdefault((source, count), _Group(torch.arange(count), [])).links.append((name, link))
+    return [(source, group) for (source, _), group in found.items()]
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether a value is computed in float, so that one more factor costs no rounding; the model's inputs are not."""
+    while op_of(node).role == "move" and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return op_of(node).role == "float" and node.op != "placeholder"
 
 
 def _ranges(flow: ChannelFlow, links: list[tuple[str, Link]], reach: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,10 +139,10 @@ def _best(
     options: EqualizeActivations, act: Tensor, weight: Tensor, group: _Group, flow: ChannelFlow | None,
     inputs: dict[str, Tensor], recipe: Recipe,
 ) -> tuple[float | None, Tensor]:  # fmt: skip
-    """Alpha and scales of a group; alpha None where leaving it as it is loses least."""
+    """Alpha and scales of a group; alpha None where leaving it as it is loses least. ``flow`` None: to be inserted."""
     if options.alpha != "search":
         return options.alpha, _scale(act, weight, options.alpha)
-    best, chosen, least = None, torch.ones_like(act), float("inf")
+    best, chosen, least = None, torch.ones_like(act), math.inf
     for alpha in (None, *_ALPHAS):
         scale = torch.ones_like(act) if alpha is None else _scale(act, weight, alpha)
         error = 0.0
@@ -127,6 +150,8 @@ def _best(
             assert link.reads is not None
             mine = scale if flow is None else _of_link(scale, group.channels, flow.roots[link.reads])
             error += _output_error(link, inputs[name], mine, recipe)
+        if alpha is None and flow is None:
+            error *= _WORTH
         if error < least:
             best, chosen, least = alpha, scale, error
     return best, chosen

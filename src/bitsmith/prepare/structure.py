@@ -12,24 +12,23 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from ..capture.ops import layer_of
 
 
-def insert_scale(graph: fx.GraphModule, layer: str, scale: Tensor) -> None:
-    """Multiply what ``layer`` reads by ``scale``, one factor per channel; ``layer`` is called once."""
-    node = next(n for n in graph.graph.nodes if n.op == "call_module" and n.target == layer)
-    source = node.args[0]
-    axis = -1 if isinstance(layer_of(node), nn.Linear) else 1
-    rank = source.meta["val"].ndim
-    shape = [1] * rank
-    shape[axis] = -1
-    name = f"{layer.replace('.', '_')}_input_scale"
+def insert_scale(graph: fx.GraphModule, layers: list[str], scale: Tensor) -> None:
+    """Multiply what ``layers`` read, all of them the same value, by one factor per channel; each is called once."""
+    nodes = [n for n in graph.graph.nodes if n.op == "call_module" and n.target in layers]
+    source = nodes[0].args[0]
+    shape = [1] * source.meta["val"].ndim
+    shape[-1 if isinstance(layer_of(nodes[0]), nn.Linear) else 1] = -1
+    name = f"{layers[0].replace('.', '_')}_input_scale"
     graph.register_buffer(name, scale.float().view(shape))
-    with graph.graph.inserting_before(node):
+    with graph.graph.inserting_before(nodes[0]):
         constant = graph.graph.get_attr(name)
         constant.meta["val"] = getattr(graph, name)
         scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (source, constant))
         scaled.meta["val"] = source.meta["val"]
-    node.replace_input_with(source, scaled)
+    for node in nodes:
+        node.replace_input_with(source, scaled)
     graph.recompile()
-    graph.meta.setdefault("structure", []).append({"insert_scale": layer, "channels": scale.numel()})
+    graph.meta.setdefault("structure", []).append({"insert_scale": layers, "channels": scale.numel()})
 
 
 def resize(graph: fx.GraphModule, layer: str, weight: Tensor, bias: Tensor | None) -> None:
