@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .targets import Target, get_target, list_targets
     from .tensor import QuantizedTensor
     from .verify import Certificate, verify
+    from .wrap import PTQModel
 
 # Public name -> module; imported at first use, so that `import bitsmith` costs next to nothing.
 _PUBLIC = {
@@ -36,6 +37,7 @@ _PUBLIC = {
     "DynamicModel": "dynamic",
     "FloatFunctional": "eager",
     "Override": "recipe",
+    "PTQModel": "wrap",
     "QATSchedule": "qat",
     "QuantStub": "eager",
     "QuantizedModel": "model",

@@ -16,6 +16,28 @@ _INT8 = TensorSpec(format=IntFormat(8, signed=False), symmetric=False)
 _INT8_WEIGHTS = TensorSpec(format=IntFormat(8), granularity="channel")
 
 
+def _plain(thing: Any) -> dict[str, Any]:
+    """The attributes of a statistic, and of what it consists of."""
+    return {key: _plain(value) if _consists(value) else value for key, value in vars(thing).items()}
+
+
+def _take(thing: Any, state: dict[str, Any]) -> None:
+    if vars(thing).keys() != state.keys():
+        raise CalibrationError(
+            f"what was saved is not the statistic of this range rule: it has {sorted(state)}, not {sorted(vars(thing))}. "
+            "Prepare the model with the recipe that it was saved with"
+        )
+    for key, value in vars(thing).items():
+        if _consists(value):
+            _take(value, state[key])
+        else:
+            setattr(thing, key, state[key].clone() if isinstance(state[key], Tensor) else state[key])
+
+
+def _consists(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, Tensor)
+
+
 class WatchingQuantizer(Quantizer):
     """A Quantizer that, between ``watch`` and ``fix``, passes values on and remembers their range.
 
@@ -72,6 +94,16 @@ class WatchingQuantizer(Quantizer):
             raise CalibrationError("both Quantizers must be watching to be merged")
         self.statistic = self.statistic.merge(other.statistic)
         self.batches += other.batches
+
+    def watched(self) -> dict[str, Any]:
+        """What was seen, as numbers and tensors that ``torch.save`` takes; ``resume`` goes on from there."""
+        return {"batches": self.batches, "statistic": None if self.statistic is None else _plain(self.statistic)}
+
+    def resume(self, watched: dict[str, Any]) -> None:
+        """Go on from what another process had seen by the same spec."""
+        self.watch()
+        self.batches = int(watched["batches"])
+        _take(self.statistic, watched["statistic"])
 
     def fix(self, *, unsigned_codes: bool = False) -> None:
         """Take the grid of what was seen."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor, fx, nn
 from ..calibrate.calibrate import rechunk
 from ..calibrate.streamed import calibrate_streamed
 from ..calibrate.watching import WatchingQuantizer
+from ..capture import copy_graph
 from ..capture.inputs import Arguments, positional, sample_count
 from ..capture.ops import quantizer_of
 from ..errors import CalibrationError, NonFiniteError
 from ..flow import finish
 from ..model import QuantizedModel
-from ..place.place import Placed
+from ..place.place import Placed, moved
 from ..recipe import Recipe
 from ..targets import Target
 
@@ -60,6 +63,29 @@ class PreparedGraph(nn.Module):
         outputs = fx.map_arg(_output(self.graph).args[0], lambda _: next(rest))
         return self.graph.graph._codegen.process_outputs(outputs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedGraph:
+        """Another one that has seen the same; the two go on apart."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._modules = {"graph": copy_graph(self.graph)}
+        twin.placed = moved(self.placed, self.graph, twin.graph)
+        twin.watchers = copy.deepcopy(self.watchers, memo)
+        twin.kept, twin.notes, twin.seconds = [*self.kept], [*self.notes], {**self.seconds}
+        return twin
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What was seen, for a state_dict."""
+        watched = {name: watcher.watched() for name, watcher in self.watchers.items()}
+        return {"samples": self.samples, "kept": [*self.kept], "watched": watched}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from what was seen."""
+        if self.watchers.keys() != state["watched"].keys():
+            raise CalibrationError("this state is of another model or recipe: other values were watched")
+        for name, watcher in self.watchers.items():
+            watcher.resume(state["watched"][name])
+        self.samples, self.kept = int(state["samples"]), [*state["kept"]]
+
     def merge(self, other: PreparedGraph) -> None:
         """Take in what another copy of this prepared model saw, as if its batches had come after these."""
         if self.watchers.keys() != other.watchers.keys():
@@ -69,14 +95,14 @@ class PreparedGraph(nn.Module):
         self.kept += other.kept
         self.samples += other.samples
 
-    def convert(self, memory: int) -> QuantizedModel:
-        """The QuantizedModel; the prepared model is used up."""
+    def convert(self, memory: int, shifts: Mapping[str, Tensor] | None = None) -> QuantizedModel:
+        """The QuantizedModel; the prepared model is used up. ``shifts`` are added to biases, by their layers' nodes."""
         if not self.samples:
             raise CalibrationError("no batch was run: call the prepared model on calibration batches, then convert it")
         watchers = {id(self.graph.get_submodule(name)): watcher for name, watcher in self.watchers.items()}
         log = calibrate_streamed(
             self.graph, self.placed, watchers, self.kept, self.target, samples=self.samples, memory=memory,
-            noise_samples=self.noise_samples, steps=self.recipe.steps,
+            noise_samples=self.noise_samples, steps=self.recipe.steps, shifts=shifts,
         )  # fmt: skip
         self.samples, self.kept = 0, []
         return finish(self.graph, self.recipe, self.target, self.placed, log, self.notes, self.seconds, self.signature)

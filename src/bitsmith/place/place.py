@@ -58,6 +58,23 @@ class Placed:
     chip: ChipPlan | None = None
 
 
+def moved(placed: Placed, source: fx.GraphModule, copy: fx.GraphModule) -> Placed:
+    """What ``place`` did to ``source``, told of a copy of it."""
+    nodes = {node.name: node for node in copy.graph.nodes}
+    paths = {id(module): name for name, module in source.named_modules()}
+
+    def twins(quantizers: list[Quantizer]) -> list[Quantizer]:
+        return [copy.get_submodule(paths[id(quantizer)]) for quantizer in quantizers]  # type: ignore[misc]
+
+    return replace(
+        placed,
+        layers=[nodes[node.name] for node in placed.layers],
+        groups=[replace(group, members=twins(group.members)) for group in placed.groups],
+        notes=[*placed.notes],
+        marks={name: twins(quantizers) for name, quantizers in placed.marks.items()},
+    )
+
+
 def place(graph: fx.GraphModule, recipe: Recipe, target: Target) -> Placed:
     """Insert Quantizers and wrap layers, in place.
 
