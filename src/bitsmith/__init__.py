@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .targets import Target, get_target, list_targets
     from .tensor import QuantizedTensor
     from .verify import Certificate, verify
-    from .wrap import PTQModel
+    from .wrap import PTQModel, QATModel
 
 # Public name -> module; imported at first use, so that `import bitsmith` costs next to nothing.
 _PUBLIC = {
@@ -38,6 +38,7 @@ _PUBLIC = {
     "FloatFunctional": "eager",
     "Override": "recipe",
     "PTQModel": "wrap",
+    "QATModel": "wrap",
     "QATSchedule": "qat",
     "QuantStub": "eager",
     "QuantizedModel": "model",

@@ -24,8 +24,8 @@ def _plain(thing: Any) -> dict[str, Any]:
 def _take(thing: Any, state: dict[str, Any]) -> None:
     if vars(thing).keys() != state.keys():
         raise CalibrationError(
-            f"what was saved is not the statistic of this range rule: it has {sorted(state)}, not {sorted(vars(thing))}. "
-            "Prepare the model with the recipe that it was saved with"
+            f"what was saved is not the statistic of this range rule: it holds {sorted(state)}, not "
+            f"{sorted(vars(thing))}. Prepare the model with the recipe that it was saved with"
         )
     for key, value in vars(thing).items():
         if _consists(value):

@@ -57,7 +57,7 @@ class MovingAverageQuantizer(TrainingQuantizer):
     def _without_offset(self) -> Grid | None:
         """What ``_solve`` finds in the commonest case, without its dozens of operations; None in others."""
         fmt, spec = self.format, self.spec
-        if not isinstance(fmt, IntFormat) or spec.scale != "float32" or self.low.ndim:
+        if not isinstance(fmt, IntFormat) or spec.scale != "float32" or self.low.ndim or spec.range.limit is not None:
             return None
         if not (self.subsumes_relu or (spec.symmetric and fmt.signed)):
             return None
@@ -87,7 +87,8 @@ class MovingAverageQuantizer(TrainingQuantizer):
             if bool((high - low > _NEGLIGIBLE).any()):
                 self.low, self.high = low.double(), high.double()
                 return self._solve(self.low, self.high, self.along)
-        grid = weight_grid(weight, self.spec.model_copy(update={"range": RangeRule()}), self.along)
+        rule = RangeRule(limit=self.spec.range.limit, fixed=self.spec.range.fixed)
+        grid = weight_grid(weight, self.spec.model_copy(update={"range": rule}), self.along)
         self.low, self.high = clipping_range(grid, symmetric=self.spec.symmetric)
         return grid
 

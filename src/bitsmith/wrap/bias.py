@@ -20,8 +20,9 @@ from ..place.layers import QuantLayer
 class BiasCalibration:
     """Shifts of biases, by their layers' nodes: ``b <- b + gain * (mean float output - mean quantized output)``.
 
-    ``gain`` is ``max(factor, 1 / n)`` for the n-th batch: the mean over all batches to begin with, then a moving average
-    of ``1 / factor`` batches. Layers are moved in their order, each on what those before it give with their new biases.
+    ``gain`` is ``max(factor, 1 / n)`` for the n-th batch: the mean over all batches to begin with, then a moving
+    average of ``1 / factor`` batches. Layers are moved in their order, each on what those before it give with their new
+    biases.
     """
 
     def __init__(self, factor: float) -> None:

@@ -39,6 +39,7 @@ class PTQModel(nn.Module):
     The other arguments are those of ``bitsmith.prepare``. The state_dict holds all that was seen: an interrupted
     calibration goes on where it was.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> model = PTQModel(net, "WC8_AT8", torch.randn(2, 3, 8, 8), bias_calibration=0.05)
     >>> for _ in range(4):
@@ -62,8 +63,8 @@ class PTQModel(nn.Module):
         )  # fmt: skip
         if not isinstance(prepared, PreparedGraph):
             raise DataError(
-                "PTQModel reads a model as a graph; this one is quantized by hand (it has stubs, or no tracer can follow "
-                "it): use bitsmith.prepare, run it, and bitsmith.convert"
+                "PTQModel reads a model as a graph; this one is quantized by hand (it has stubs, or no tracer can "
+                "follow it): use bitsmith.prepare, run it, and bitsmith.convert"
             )
         self.module = prepared
         self.biases = None if bias_calibration is None else _biases(bias_calibration, prepared.recipe)
