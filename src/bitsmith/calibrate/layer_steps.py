@@ -145,8 +145,8 @@ class LayerSteps:
         shape = (-1,) if means["float"].axis == -1 else (-1, *[1] * (value.ndim - 2))
         for chunk in range(walk.quantized_chunks):
             output = walk.store.get(("output", node.name, chunk))
-            output = output + shift.view(shape) if gain is None else output * gain.view(shape) + shift.view(shape)
-            walk.store.put(("output", node.name, chunk), output)
+            output = output if gain is None else output.mul_(gain.view(shape))
+            walk.store.put(("output", node.name, chunk), output.add_(shift.view(shape)))
         return True
 
     def _correct(self, node: fx.Node, layer: QuantLayer) -> tuple[Tensor | None, Tensor]:
