@@ -50,7 +50,7 @@ class Store:
 
     def put(self, key: Key, value: Any) -> None:
         """Keep a value, in place of what was there; older ones may move to disk."""
-        self._forget(key)
+        self.forget(key)
         self._values[key] = value
         self.resident_bytes += _size(value)
         self._spill()
@@ -65,9 +65,10 @@ class Store:
     def drop(self, stream: str, node: str, chunks: int) -> None:
         """Forget a node's values."""
         for chunk in range(chunks):
-            self._forget((stream, node, chunk))
+            self.forget((stream, node, chunk))
 
-    def _forget(self, key: Key) -> None:
+    def forget(self, key: Key) -> None:
+        """Forget one value, if it is there."""
         if key in self._values:
             self.resident_bytes -= _size(self._values.pop(key))
         elif key in self._spilled:

@@ -23,11 +23,11 @@ from ..errors import CalibrationError, NonFiniteError
 from ..grid import Grid, Quantizer, dequantize, quantize
 from ..grid.kernels import fake_quantize_
 from ..optimize.visit import StepLog, Stream
-from ..place.macs import elements_of
 from ..place.place import ScaleGroup
-from ..ranges import activation_grid, activation_statistic
+from ..ranges import activation_grid
 from ..steps import Reconstruct, Step
 from ..targets import Target
+from .ahead import empty_statistic, observe_ahead
 from .auto_range import AutoStatistic, RangeChoice, auto_weights, choose_weight_grid
 from .bias import set_bias_grid
 from .block_steps import BlockSteps, learns_from_minibatches
@@ -84,7 +84,8 @@ class Walk:
         self.statistics: dict[int, Any] = {}
         self.store = Store(memory)
         self.log = WalkLog(samples=sum(self.counts), noise_samples=sum(self.counts[: self.quantized_chunks]))
-        self._float_position = 0
+        self._float_position, self._float_chunks = 0, len(self.chunks)
+        self._ahead: dict[int, Any] = {}
         self._rounded: set[int] = set()  # stages whose weights have had their turn
         self._tried: Stage | None = None  # the stage that runs only for what comes after it in its block
         self._uses = {"float": self._count_uses("float"), "quantized": self._count_uses("quantized")}
@@ -92,7 +93,11 @@ class Walk:
     def run(self) -> WalkLog:
         """Walk to the end."""
         with torch.no_grad(), self.store:
-            self._load_inputs()
+            self._ahead = observe_ahead(self)
+            if self._ahead:
+                self._float_chunks = self.quantized_chunks
+            for chunk in range(self._float_chunks):
+                self.load_inputs(chunk)
             position = 0
             for index, block in enumerate(self.blocks):
                 for stage in block.stages:
@@ -100,17 +105,19 @@ class Walk:
                     self._fix_grids(stage)
                 self.block_steps.run(block, index)
                 for stage in block.stages:
-                    if self.progress is not None:
-                        self.progress(position, len(self.stages), str(stage.end.target))
+                    self._report(position, str(stage.end.target))
                     self._run_quantized(stage)
                     position += 1
                 self._release("float", self._read_by_steps(block))
             self._measure_outputs()
-            if self.progress is not None:
-                self.progress(len(self.stages), len(self.stages), "done")
+            self._report(len(self.stages), "done")
             self.log.steps = [*self.block_steps.log, *self.steps.log]
             self.log.spilled_bytes = self.store.spilled_bytes
         return self.log
+
+    def _report(self, done: int, what: str) -> None:
+        if self.progress is not None:
+            self.progress(done, len(self.stages), what)
 
     def _cut(self) -> list[Block]:
         """Blocks as the recipe's step wants them; stage by stage where no step looks at blocks."""
@@ -121,18 +128,17 @@ class Walk:
 
     # The streams
 
-    def _load_inputs(self) -> None:
+    def load_inputs(self, chunk: int) -> None:
+        """Put the model's inputs where the streams read them."""
         placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
-        for chunk, arguments in enumerate(self.chunks):
-            leaves = torch.utils._pytree.tree_leaves(arguments)
-            for node, value in zip(placeholders, leaves):
-                if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                    raise NonFiniteError(
-                        f"calibration input {node.name!r} holds NaN or infinite values in {self._samples_of(chunk)}"
-                    )
-                self.store.put(("float", node.name, chunk), value)
-                if chunk < self.quantized_chunks:
-                    self.store.put(("quantized", node.name, chunk), value)
+        for node, value in zip(placeholders, torch.utils._pytree.tree_leaves(self.chunks[chunk])):
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise NonFiniteError(
+                    f"calibration input {node.name!r} holds NaN or infinite values in {self.samples_of(chunk)}"
+                )
+            self.store.put(("float", node.name, chunk), value)
+            if chunk < self.quantized_chunks:
+                self.store.put(("quantized", node.name, chunk), value)
 
     def _needed_for(self, index: int) -> int:
         """How far the float stream must be before stage ``index`` can be quantized."""
@@ -148,12 +154,15 @@ class Walk:
         while self._float_position < position:
             stage = self.stages[self._float_position]
             self._float_position += 1
-            statistic = self._start_statistic(stage)
-            for chunk in range(len(self.chunks)):
-                value = self._execute("float", stage, chunk)
+            statistic: Any = empty_statistic(stage, self.log.samples) if stage.observes else None
+            for chunk in range(self._float_chunks):
+                value = self.execute("float", stage, chunk)
                 if statistic is not None:
-                    self._observe(statistic, value, stage, chunk)
+                    self.observe(statistic, value, stage, chunk)
                 self.store.put(("float", stage.end.name, chunk), value)
+            if id(stage) in self._ahead:
+                statistic = statistic.merge(self._ahead[id(stage)])
+            self.statistics[id(stage.quantizer)] = statistic
             if isinstance(statistic, AutoStatistic):
                 self._choose_range(statistic, stage)
             self._release("float", [source.name for source in stage.inputs])
@@ -168,7 +177,7 @@ class Walk:
         self._rounded.add(id(stage))
 
     def _quantized_value(self, stage: Stage, chunk: int, *, corrected: bool = False) -> Any:
-        value = self._execute("quantized", stage, chunk, corrected=corrected)
+        value = self.execute("quantized", stage, chunk, corrected=corrected)
         grid = stage.quantizer.grid if stage.quantizer is not None else None
         return value if grid is None else fake_quantize_(value, grid)
 
@@ -195,7 +204,7 @@ class Walk:
             self.store.drop("output", stage.compute.name, self.quantized_chunks)
         self._release("quantized", [source.name for source in stage.inputs])
 
-    def _execute(self, stream: str, stage: Stage, chunk: int, *, corrected: bool = False) -> Any:
+    def execute(self, stream: str, stage: Stage, chunk: int, *, corrected: bool = False) -> Any:
         """The value of a stage's end before its Quantizer; from the layer's kept output on where there is one."""
         env = self.inputs(stream, stage, chunk)
         borrowed = _storages(env)
@@ -249,16 +258,6 @@ class Walk:
 
     # Ranges and noise
 
-    def _start_statistic(self, stage: Stage) -> Any:
-        if not stage.observes or stage.quantizer is None:
-            return None
-        value = stage.end.meta.get("val")
-        per_sample = elements_of(stage.end) if isinstance(value, Tensor) else 0
-        spec, count = stage.quantizer.spec, max(per_sample * self.log.samples, 1)
-        statistic = AutoStatistic(spec, count) if spec.range.name == "auto" else activation_statistic(spec, count)
-        self.statistics[id(stage.quantizer)] = statistic
-        return statistic
-
     def _choose_range(self, statistic: AutoStatistic, stage: Stage) -> None:
         assert stage.quantizer is not None
         x = self.store.get(("float", stage.end.name, 0))
@@ -269,16 +268,17 @@ class Walk:
             )  # fmt: skip
         self.log.ranges.append(choice)
 
-    def _observe(self, statistic: Any, value: Tensor, stage: Stage, chunk: int) -> None:
+    def observe(self, statistic: Any, value: Tensor, stage: Stage, chunk: int) -> None:
+        """Show a value to a statistic."""
         try:
             statistic.update(value)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"the output of {stage_name(stage)} holds NaN or infinite values in {self._samples_of(chunk)}: look at "
+                f"the output of {stage_name(stage)} holds NaN or infinite values in {self.samples_of(chunk)}: look at "
                 "the float model on these; a division, a log or an overflow there makes them"
             ) from error
 
-    def _samples_of(self, chunk: int) -> str:
+    def samples_of(self, chunk: int) -> str:
         """Where in the calibration set a chunk lies."""
         first = sum(self.counts[:chunk])
         return f"samples {first} to {first + self.counts[chunk] - 1} of the calibration set"
