@@ -35,10 +35,11 @@ def observe_ahead(walk: Walk) -> dict[int, Any]:
     values (``auto``) need the walk's order, and then nothing is done ahead.
     """
     statistics = {id(stage): empty_statistic(stage, walk.log.samples) for stage in walk.stages if stage.observes}
-    if any(isinstance(statistic, AutoStatistic) for statistic in statistics.values()):
+    rest = range(walk.quantized_chunks, len(walk.chunks))
+    if not rest or any(isinstance(statistic, AutoStatistic) for statistic in statistics.values()):
         return {}
     last = {source.name: stage for stage in walk.stages for source in stage.inputs}
-    for chunk in range(walk.quantized_chunks, len(walk.chunks)):
+    for chunk in rest:
         if walk.progress is not None:
             walk.progress(0, len(walk.stages), f"ranges: {walk.samples_of(chunk)}")
         walk.load_inputs(chunk)

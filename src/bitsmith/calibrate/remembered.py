@@ -61,14 +61,18 @@ class RememberingWalk(Walk):
         self._seen.update(self._new)
         return log
 
-    def _start_statistic(self, stage: Stage) -> Any:
+    def start_statistic(self, stage: Stage) -> Any:
+        """Nothing needs watching where all is known."""
         if not stage.observes or not self._recalls:
-            statistic = super()._start_statistic(stage)
-            if stage.quantizer is not None and statistic is not None and stage.quantizer.spec.range.name in _RULES:
-                self._new[self._key(stage)] = statistic
-            return statistic
-        self.statistics[id(stage.quantizer)] = self._seen[self._key(stage)]
+            return super().start_statistic(stage)
+        self.keep_statistic(stage, self._seen[self._key(stage)])
         return None
+
+    def keep_statistic(self, stage: Stage, statistic: Any) -> None:
+        """Keep what was seen for this walk's grid and for later walks."""
+        super().keep_statistic(stage, statistic)
+        if stage.quantizer is not None and stage.quantizer.spec.range.name in _RULES:
+            self._new[self._key(stage)] = statistic
 
     def _key(self, stage: Stage) -> tuple[str, str]:
         assert stage.quantizer is not None

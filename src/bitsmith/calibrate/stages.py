@@ -70,3 +70,12 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
         return None
     user = next(iter(node.users))
     return user if user.op != "output" and user.all_input_nodes == [node] else None
+
+
+def stage_name(stage: Stage) -> str:
+    """The layer or operator that makes a stage's value."""
+    node = stage.nodes[-2] if stage.quantizer is not None and len(stage.nodes) > 1 else stage.nodes[0]
+    if stage.quantizer is not None and len(stage.nodes) == 1:
+        node = stage.inputs[0]
+    named = stage.compute or node
+    return repr(str(named.target)) if named.op in ("call_module", "placeholder") else repr(named.name)

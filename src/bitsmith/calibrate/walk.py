@@ -37,7 +37,7 @@ from .layer_steps import LayerSteps
 from .noise import Noise, OutputNoise
 from .resume import Resume, fingerprint
 from .shift import tie_weight_scale
-from .stages import Stage, cut_into_stages
+from .stages import Stage, cut_into_stages, stage_name
 from .store import Store
 
 Progress = Callable[[int, int, str], None]  # (stages done, stages in all, what is being done)
@@ -154,15 +154,15 @@ class Walk:
         while self._float_position < position:
             stage = self.stages[self._float_position]
             self._float_position += 1
-            statistic: Any = empty_statistic(stage, self.log.samples) if stage.observes else None
+            statistic = self.start_statistic(stage)
             for chunk in range(self._float_chunks):
                 value = self.execute("float", stage, chunk)
                 if statistic is not None:
                     self.observe(statistic, value, stage, chunk)
                 self.store.put(("float", stage.end.name, chunk), value)
-            if id(stage) in self._ahead:
-                statistic = statistic.merge(self._ahead[id(stage)])
-            self.statistics[id(stage.quantizer)] = statistic
+            if statistic is not None:
+                ahead = self._ahead.get(id(stage))
+                self.keep_statistic(stage, statistic if ahead is None else statistic.merge(ahead))
             if isinstance(statistic, AutoStatistic):
                 self._choose_range(statistic, stage)
             self._release("float", [source.name for source in stage.inputs])
@@ -257,6 +257,14 @@ class Walk:
         return value
 
     # Ranges and noise
+
+    def start_statistic(self, stage: Stage) -> Any:
+        """What is to watch the end of a stage; None where nothing is."""
+        return empty_statistic(stage, self.log.samples) if stage.observes else None
+
+    def keep_statistic(self, stage: Stage, statistic: Any) -> None:
+        """Keep what was seen of all samples for the grid."""
+        self.statistics[id(stage.quantizer)] = statistic
 
     def _choose_range(self, statistic: AutoStatistic, stage: Stage) -> None:
         assert stage.quantizer is not None
@@ -378,15 +386,6 @@ def _is_float(value: Any) -> bool:
 def _storages(values: dict[fx.Node, Any]) -> set[int]:
     """The memory that tensors lie in."""
     return {value.untyped_storage().data_ptr() for value in values.values() if isinstance(value, Tensor)}
-
-
-def stage_name(stage: Stage) -> str:
-    """The layer or operator that makes a stage's value."""
-    node = stage.nodes[-2] if stage.quantizer is not None and len(stage.nodes) > 1 else stage.nodes[0]
-    if stage.quantizer is not None and len(stage.nodes) == 1:
-        node = stage.inputs[0]
-    named = stage.compute or node
-    return repr(str(named.target)) if named.op in ("call_module", "placeholder") else repr(named.name)
 
 
 def leading_chunks(counts: list[int], samples: int) -> int:
