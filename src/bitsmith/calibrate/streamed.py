@@ -16,8 +16,8 @@ from ..steps import Step
 from ..targets import Target
 from .calibrate import set_weight_grids
 from .layer_steps import LayerSteps
-from .stages import Stage
-from .walk import Walk, WalkLog, stage_name
+from .stages import Stage, stage_name
+from .walk import Walk, WalkLog
 from .watching import WatchingQuantizer
 
 
