@@ -43,15 +43,11 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.M
 def weights_note(spec: str, weights: str | os.PathLike[str] | None) -> str | None:
     """A warning for models that ``load_model`` gives random weights, else None.
 
-    >>> weights_note("timm:resnet18", None)
-    'timm:resnet18 has random weights: sizes and speed are real, accuracy means nothing; --weights names a file, or \
-'pretrained' for the library's own'
+    >>> print(weights_note("timm:resnet18", None))
+    timm:resnet18 has random weights, so accuracy means nothing: --weights names a file, or 'pretrained'
     """
     if weights is None and spec.startswith(("torchvision:", "timm:")):
-        return (
-            f"{spec} has random weights: sizes and speed are real, accuracy means nothing; --weights names a file, or "
-            f"{PRETRAINED!r} for the library's own"
-        )
+        return f"{spec} has random weights, so accuracy means nothing: --weights names a file, or {PRETRAINED!r}"
     return None
 
 
