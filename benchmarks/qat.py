@@ -170,7 +170,9 @@ def accuracy(options: Training, *, held_out: bool, device: str) -> Row:
     trained = bs.convert(p.to("cpu"))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         simulated = torch.cat([p.eval()(x) for x, _ in test])
-        deployed = torch.cat([bs.deploy(bs.export_onnx(trained, Path(folder, "m.onnx")))(x) for x, _ in test])
+        narrow = any(layer.input_bits != 8 for layer in trained.report.layers)
+        run = bs.deploy(bs.export_onnx(trained, Path(folder, "m.onnx"), style="qcdq" if narrow else "qdq"))
+        deployed = torch.cat([run(x) for x, _ in test])
     judged = torch.cat([y for _, y in test])
     percent = lambda a, b: round(100 * float((a == b).double().mean()), 3)  # noqa: E731
     return Row(

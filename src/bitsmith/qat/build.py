@@ -79,6 +79,7 @@ def training_graph(
             set_module(graph, str(node.target), layer)
         elif isinstance(module, _NORMS) and module.running_mean is not None:
             set_module(graph, str(node.target), FreezableNorm(module))
+    graph.graph.set_codegen(fx.graph.CodeGen())  # takes and gives flat lists
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph

@@ -61,6 +61,7 @@ class QATGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.graph = graph
+        self._codegen = template.graph.graph._codegen  # knows the structure of the model's outputs
         self.template, self.signature, self.notes = template, signature, notes
         self.has_ranges = False
         self.distillation: Distillation | None = None
@@ -88,7 +89,7 @@ class QATGraph(nn.Module):
                     "prepare it with calibration=batches"
                 )
             self.calibrate([arguments])
-        outputs = self.graph(*torch.utils._pytree.tree_leaves(arguments))
+        outputs = self._codegen.process_outputs(self.graph(*torch.utils._pytree.tree_leaves(arguments)))
         if self.training and self.distillation is not None:
             self._compared = outputs, self.distillation.target(*arguments[0], **arguments[1])
         return outputs
