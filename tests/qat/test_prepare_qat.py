@@ -81,6 +81,35 @@ def test_start_is_that_of_quantize(net: nn.Module, placement: str) -> None:
     assert torch.allclose(bs.convert(p)(x), q(x), atol=1e-6)  # from the ends of a range to its scale and back
 
 
+class Branches(nn.Module):
+    """A concat of what is signed and what is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv(x))
+        x = torch.cat([F.relu(self.left(x)), self.right(x)], 1)
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["auto", "moving-average", "lsq+", "pact"])
+@pytest.mark.parametrize("placement", ["fx", "runtime"])
+def test_a_concat_keeps_one_grid(placement: str, kind: str) -> None:
+    torch.manual_seed(0)
+    x, _ = data()
+    p = bs.prepare_qat(Branches(), "w4a4-fast", calibration=[x], placement=placement, kind=kind)
+    train(p, 8, 0.01)
+    q = bs.convert(p)
+    assert (q(x) - p.eval()(x)).abs().max() < 0.02 * q(x).abs().max()
+    grids = [m.grid for name, m in q.graph.named_modules() if name in ("quantizers.relu_1", "quantizers.right")]
+    if placement == "fx":
+        assert grids[0].scale == grids[1].scale
+        assert grids[0].zero_point == grids[1].zero_point
+
+
 @pytest.mark.parametrize("placement", ["fx", "flexml"])
 def test_shared_scales_stay_shared(net: nn.Module, placement: str) -> None:
     x, _ = data()

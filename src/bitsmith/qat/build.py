@@ -26,7 +26,11 @@ _FEW_BITS = 8  # below, ranges are learned
 
 
 class Kinds(NamedTuple):
-    """Which TrainingQuantizers weights and activations get; ``auto``: learned below 8 bits."""
+    """Which TrainingQuantizers weights and activations get.
+
+    ``auto``: learned below 8 bits. Where a kind has no meaning its nearest relative is taken: ``lsq`` for weights and
+    symmetric grids instead of ``lsq+`` and ``pact``, ``lsq+`` for affine grids instead of ``pact``.
+    """
 
     weights: str = "auto"
     activations: str = "auto"
@@ -34,12 +38,15 @@ class Kinds(NamedTuple):
     def of(self, spec: TensorSpec, *, of_weight: bool, non_negative: bool, shared: bool = False) -> str:
         """The kind for one tensor; tensors that share a scale learn it, since each sees only its own range."""
         given = self.weights if of_weight else self.activations
+        affine = not (of_weight or spec.symmetric or non_negative)
         if given == "auto":
             few = isinstance(spec.format, IntFormat) and spec.format.bits < _FEW_BITS
-            given = "lsq" if few else "moving-average"
-            if few and not (of_weight or spec.symmetric or non_negative):
-                given = "lsq+"
-        return "lsq" if shared and given == "moving-average" else given
+            given = "lsq+" if few else "moving-average"
+        if shared:
+            given = "lsq"
+        if given == "pact":
+            return "lsq+" if affine else "lsq" if of_weight else "pact"
+        return "lsq" if given == "lsq+" and not affine else given
 
 
 def training_graph(
@@ -55,7 +62,7 @@ def training_graph(
     Batch norms in ``unfolded`` are apart from their layers again, and ``drops`` act again. What is idempotent is left
     out: the Quantizers that stand again behind what only moves elements, and ReLUs in front of a grid that begins at 0.
     """
-    joined = {id(member): group for group in groups for member in group.members}
+    shared = {id(member): group for group in groups for member in group.members}
     paths = {str(n.target): q for n in placed.graph.nodes if (q := quantizer_of(n)) is not None}
     sources = {
         str(n.target): quantizer_of(n.args[0]) for n in placed.graph.nodes if isinstance(module_of(n), QuantLayer)
@@ -63,12 +70,14 @@ def training_graph(
     graph = copy_graph(placed)
     _insert_drops(graph, drops)
     _drop_repeats(graph)
-    _drop_relus(graph)
     made: dict[int, TrainingQuantizer] = {}
     for path, old in paths.items():
         if id(old) not in made:
-            made[id(old)] = _activation_quantizer(old, joined.get(id(old)), kinds)
+            group = shared.get(id(old))
+            one_grid = group.members if group is not None and group.kind == "cat" else [old]
+            made.update(dict.fromkeys(map(id, one_grid), _activation_quantizer(one_grid, group is not None, kinds)))
         set_module(graph, path, made[id(old)])
+    _drop_relus(graph)
     for group in groups:
         _tie([made[id(member)] for member in group.members])
     for node in graph.graph.nodes:
@@ -83,14 +92,6 @@ def training_graph(
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
-
-
-def begins_at_zero(quantizer: Quantizer) -> bool:
-    """Whether a Quantizer's grid has no code below 0 and none above it that stands for 0."""
-    spec = quantizer.spec
-    return quantizer.non_negative and isinstance(spec.format, IntFormat) and (
-        not spec.format.signed or spec.auto_unsigned
-    )  # fmt: skip
 
 
 def _insert_drops(graph: fx.GraphModule, drops: Sequence[Drop]) -> None:
@@ -118,17 +119,20 @@ def _drop_repeats(graph: fx.GraphModule) -> None:
 
 
 def _drop_relus(graph: fx.GraphModule) -> None:
+    """Without a ReLU in front of a quantizer whose grid begins at 0: that clips as well, forward and backward."""
     for node in list(graph.graph.nodes):
         quantizer, relu = quantizer_of(node), node.args[0] if node.args else None
-        if quantizer is None or not isinstance(relu, fx.Node) or op_of(relu).name != "relu":
+        if not isinstance(quantizer, TrainingQuantizer) or not isinstance(relu, fx.Node) or op_of(relu).name != "relu":
             continue
-        if len(relu.users) == 1 and begins_at_zero(quantizer):
+        if len(relu.users) == 1 and quantizer.subsumes_relu:
             relu.replace_all_uses_with(relu.args[0])  # type: ignore[arg-type]
             graph.graph.erase_node(relu)
 
 
-def _activation_quantizer(old: Quantizer, group: ScaleGroup | None, kinds: Kinds) -> TrainingQuantizer:
-    kind = kinds.of(old.spec, of_weight=False, non_negative=old.non_negative, shared=group is not None)
+def _activation_quantizer(one_grid: list[Quantizer], shared: bool, kinds: Kinds) -> TrainingQuantizer:
+    """The quantizer of tensors on one grid, which is signed as soon as one of them is."""
+    old = next((q for q in one_grid if not q.non_negative), one_grid[0])
+    kind = kinds.of(old.spec, of_weight=False, non_negative=old.non_negative, shared=shared)
     return make_quantizer(kind, old.spec, axis=None, non_negative=old.non_negative, of_weight=False)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,11 +67,14 @@ def marking_randomness(model: nn.Module) -> Iterator[None]:
 
 
 def _asks_for_mode(module: nn.Module) -> bool:
-    """Whether the code of a module's forward reads ``self.training``."""
+    """Whether the code of a module's forward reads ``self.training`` for more than torch's dropouts."""
     try:
-        return "self.training" in inspect.getsource(type(module).forward)
+        lines = inspect.getsource(type(module).forward).splitlines()
     except (OSError, TypeError):
         return False
+    return any(
+        "self.training" in line for line in lines if not re.search(r"\bF\.\w*dropout|functional\.\w*dropout", line)
+    )
 
 
 def _is_random(module: nn.Module) -> bool:
@@ -87,10 +91,15 @@ def what_is_lost(model: nn.Module, kept: set[str]) -> list[str]:
         rate = getattr(module, "dropout", 0.0)
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and isinstance(rate, float) and rate:
             notes.append(f"{name}: its own dropout of {rate} is off in training, since it is not in the graph")
+        elif isinstance(module, nn.SyncBatchNorm):
+            notes.append(
+                f"{name}: each process has its own statistics; nn.SyncBatchNorm.convert_sync_batchnorm(prepared model) "
+                "synchronizes them again"
+            )
         elif isinstance(module, nn.RReLU):
             notes.append(f"{name}: its slope is the mean one in training too")
         elif not type(module).__module__.startswith("torch.nn.") and path not in kept and _asks_for_mode(module):
-            notes.append(f"{name}: forward asks for self.training; beside dropouts, it trains as it runs in eval mode")
+            notes.append(f"{name}: forward asks for self.training, but trains here as it runs in eval mode")
     return notes
 
 
