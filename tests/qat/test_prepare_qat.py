@@ -70,6 +70,17 @@ def test_eval_mode_is_the_converted_model(net: nn.Module, recipe: str, kind: str
         train(p)
 
 
+@pytest.mark.parametrize("target", ["openvino", "torch", "tda4vm", "am62a"])
+def test_other_targets(net: nn.Module, target: str) -> None:
+    x, _ = data()
+    p = bs.prepare_qat(net, None, target=target, calibration=[x])
+    assert p.recipe.name == bs.get_target(target).default_recipe
+    train(p)
+    q = bs.convert(p)
+    assert (q(x) - p.eval()(x)).abs().max() < 0.02 * q(x).abs().max()
+    assert (q(x).argmax(1) == p(x).argmax(1)).float().mean() > 0.98
+
+
 @pytest.mark.parametrize("placement", ["runtime", "fx", "layerwise", "flexml"])
 def test_start_is_that_of_quantize(net: nn.Module, placement: str) -> None:
     x, _ = data()
@@ -149,6 +160,22 @@ def test_starts_from_a_quantized_model(net: nn.Module) -> None:
     p.train()
     train(p, 40)
     assert F.cross_entropy(bs.convert(p)(x), y) < before
+
+
+def test_says_what_it_cannot_do(net: nn.Module) -> None:
+    x, _ = data()
+    with pytest.raises(bs.BitsmithError, match="no ranges yet"):
+        bs.prepare_qat(net, "int8", x[:2]).eval()(x)
+    with pytest.raises(bs.BitsmithError, match="no batch has been run"):
+        bs.convert(bs.prepare_qat(net, "int8", x[:2]))
+    with pytest.raises(bs.BitsmithError, match="example_inputs"):
+        bs.prepare_qat(net)
+    with pytest.raises(bs.BitsmithError, match="only shifts"):
+        bs.prepare_qat(net, None, x[:2], target="max78000")
+    with pytest.raises(bs.BitsmithError, match="give it alone"):
+        bs.prepare_qat(bs.quantize(net, [x]), "int8")
+    with pytest.raises(bs.BitsmithError, match="quantized by hand"):
+        bs.prepare_qat(nn.Sequential(bs.QuantStub(), net), "int8", x[:2])
 
 
 def test_copies_and_state_dicts(net: nn.Module) -> None:
