@@ -19,7 +19,7 @@ from .calibrate.remembered import FloatStatistics
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, copy_graph, evaluation_mode, read_batches
-from .capture.inputs import Arguments, first_samples
+from .capture.inputs import Arguments, first_samples, sample_count
 from .errors import CaptureError, CollapseError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
 from .place.chip_limits import refuse_float
@@ -30,7 +30,7 @@ from .report.build import build_report
 from .report.diagnosis import diagnose
 from .targets import Target, get_target
 
-_TRIAL_SAMPLES, _TRIAL_MEMORY = 64, 1 << 30
+_TRIAL_SAMPLES, _TRIAL_MEMORY = 128, 1 << 30
 _TRAIN_MODE = "the model was in train mode: it was quantized in eval mode, and its mode was restored"
 
 
@@ -131,7 +131,11 @@ def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph:
     trial = copy_graph(graph)
     steps = tuple(step for step in recipe.steps if step.stage == "bias")
     placed = place(trial, recipe, target)
-    few = [first_samples(batches[0], _TRIAL_SAMPLES)]
+    few: list[Arguments] = []
+    for batch in batches:
+        if (left := _TRIAL_SAMPLES - sum(map(sample_count, few))) <= 0:
+            break
+        few.append(first_samples(batch, left))
     log = calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=_TRIAL_SAMPLES, steps=steps)
     return -math.inf if log.output.db is None else log.output.db
 
