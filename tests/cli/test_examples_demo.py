@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,15 @@ def test_the_training_script_learns() -> None:
     script["train"].__globals__["EPOCHS"] = 2
     _, test = digits()
     assert script["accuracy"](script["train"](), *test) > 50
+
+
+def test_training_brings_back_what_two_bits_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(EXAMPLES.parent / "qat.py"))
+    script["main"](str(tmp_path / "digits.onnx"), epochs=3)
+    printed = capsys.readouterr().out
+    before, after = (float(re.search(rf"{name} +([\d.]+) %", printed)[1]) for name in ("training", "after training"))  # type: ignore[index]
+    assert after > before + 3
+    assert "certificate passed" in printed
 
 
 def test_the_main_job_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import bitsmith as bs
 from bitsmith.cli.app import app
 from bitsmith.demo import digits_net
 from bitsmith.doctor import triage
-from bitsmith.doctor.triage import better_recipe, judge
+from bitsmith.doctor.triage import better_recipe, judge, training_call
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from bitsmith.doctor.triage import better_recipe, judge
     [(91.9, 91.5, "none"), (91.9, 80.0, "quantization"), (60.0, 58.0, "elsewhere"), (60.0, 91.9, "elsewhere")],
 )
 def test_the_verdict_follows_from_three_numbers(bits_16: float, bits_8: float, cause: str) -> None:
-    found, verdict = judge("top1", 92.0, bits_16, bits_8, {"conv1": 3.0}, "recipe 'w8a8-best'")
+    found, verdict = judge("top1", 92.0, bits_16, bits_8, {"conv1": 3.0}, "recipe 'w8a8-best'", "train")
     assert found == cause
     assert ("conv1" in verdict) == (cause == "quantization")
 
@@ -31,6 +31,13 @@ def test_the_verdict_follows_from_three_numbers(bits_16: float, bits_8: float, c
 def test_the_next_recipe_is_one_that_the_target_takes(target: str) -> None:
     words = better_recipe(bs.get_target(target))
     bs.get_target(target).check(bs.load_recipe(words.split("'")[-2]))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tda4vm", "am68a"])
+def test_the_call_that_starts_training_runs(target: str) -> None:
+    names = {"bitsmith": bs, "model": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "x": torch.randn(4, 3, 8, 8)}
+    p = eval(training_call(bs.get_target(target)), names)
+    assert p.target.name == target
 
 
 def compare(threshold: float) -> nn.Module:
@@ -98,6 +105,15 @@ def test_the_command_prints_json_and_sets_its_status(factory: str, tmp_path: Pat
     bad = runner.invoke(app, ["doctor", f"{factory}:bad", "--shape", "3,16,16", "--target", "tda4vm"])
     assert bad.exit_code == 1
     assert "D12" in bad.output
+
+
+def test_a_quiet_command_prints_the_diagnosis_alone(factory: str, tmp_path: Path) -> None:
+    fix = ["--fix", "relu6", "-o", str(tmp_path / "fixed.pt2")]
+    done = CliRunner().invoke(app, ["doctor", f"{factory}:good", "--shape", "3,16,16", "-q", *fix])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    assert "D8" in done.stdout
+    assert (tmp_path / "fixed.pt2").exists()
 
 
 def test_the_command_operates(factory: str, tmp_path: Path) -> None:

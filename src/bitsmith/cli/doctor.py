@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ def doctor(
     mean: o.Mean = None,
     std: o.Std = None,
     seed: o.Seed = 0,
+    quiet: o.Quiet = False,
 ) -> None:
     """Examine MODEL before it is quantized: thirty rules, each with place, reason and remedy.
 
@@ -73,9 +75,10 @@ def doctor(
         raise typer.BadParameter(
             "--validation needs --calibration: ranges come from other samples than the judged ones"
         )
+    tell = (lambda _: None) if quiet else say
     loaded = load_model(model, weights)
     if (note := weights_note(model, weights)) is not None:
-        say(f"note: {note}")
+        tell(f"note: {note}")
     stated, _ = stated_preprocess(model, loaded, weights)
     images = o.ImageOptions(resize, crop, mean, std).applied(stated)
     found = judged = None
@@ -90,7 +93,7 @@ def doctor(
     else:
         Console().print(diagnosis_view(diagnosis))
     if operations is not None and output is not None:
-        _operate(loaded, example, operations, output)
+        _operate(loaded, example, operations, output, tell)
     if not diagnosis.healthy:
         raise typer.Exit(FAILED)
 
@@ -107,20 +110,19 @@ def _example(data: Data | None, shape: str | None, crop: int) -> Any:
     return torch.randn(_EXAMPLE_BATCH, *sizes, generator=torch.Generator().manual_seed(0))
 
 
-def _operate(model: nn.Module, example: Any, operations: list[str], output: Path) -> None:
+def _operate(model: nn.Module, example: Any, operations: list[str], output: Path, tell: Callable[[str], None]) -> None:
     """Write the model that surgery makes, and say on standard error what was changed."""
     from ..doctor import fix
     from ..doctor.surgery import DEFAULT
     from ..export.files import save_float_pt2
-    from .quantize import say
 
     names = DEFAULT if "all" in operations else tuple(operations)
     surgery = fix(model, example, *names)
     for change in surgery.changes:
         train = "; train again" if change.trains else ""
-        say(f"{change.operation}: {change.where}: {change.before} -> {change.after}{train}")
+        tell(f"{change.operation}: {change.where}: {change.before} -> {change.after}{train}")
     for line in surgery.left:
-        say(f"left: {line}")
+        tell(f"left: {line}")
     save_float_pt2(surgery.model, example, output)
     need = "its function changed: train it before it is quantized" if surgery.needs_training else "the same function"
-    say(f"{output}: {len(surgery.changes)} changes, {need}")
+    tell(f"{output}: {len(surgery.changes)} changes, {need}")

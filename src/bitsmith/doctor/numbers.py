@@ -12,7 +12,7 @@ from ..capture.ops import layer_of, op_of
 from ..prepare.weights import out_range
 from .rule import Note, rule
 from .subject import Seen, Subject
-from .triage import better_recipe
+from .triage import better_recipe, training_call
 
 _OUTLIER = 16.0  # the largest weight over the mean magnitude
 _CHANNEL_RATIO = 256.0
@@ -48,7 +48,7 @@ def weight_ranges(subject: Subject) -> Iterator[Note]:
             yield Note(
                 "warning", node, f"channel ranges differ by {ratio:,.0f} to 1, and {subject.target.name} has one scale "
                 "for all: the smallest channels round to zero",
-                "add step 'equalize' to the recipe, or train with bs.nn's layers",
+                f"step 'equalize' in the recipe, or training: {training_call(subject.target)}",
             )  # fmt: skip
         elif ratio > _CHANNEL_RATIO:
             yield Note(

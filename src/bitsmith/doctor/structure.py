@@ -14,6 +14,7 @@ from ..capture.inputs import first_samples
 from ..capture.ops import layer_of, op_of
 from .rule import Note, rule
 from .subject import Subject, innermost, shape_of
+from .triage import training_call
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -141,7 +142,8 @@ def depthwise_share(subject: Subject) -> Iterator[Note]:
         "warning" if per_tensor else "note", type(subject.model).__name__,
         f"{depthwise} of {len(convolutions)} convolutions are depthwise: expect a larger loss at 8 bits"
         + (f", since {subject.target.name} has one scale for all their channels" if per_tensor else ""),
-        "a short training with bs.nn layers, or a network without them such as RegNetX" if per_tensor else
+        f"a short training: {training_call(subject.target)}; or a network without them such as RegNetX"
+        if per_tensor else
         "keep weight scales per channel (recipe 'int8'); with a loss, try recipe 'w8a8-best'",
     )  # fmt: skip
 

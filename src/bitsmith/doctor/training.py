@@ -83,13 +83,15 @@ def qat_schedule(subject: Subject) -> Iterator[Note]:
     if half is not None and plan.freeze_bn is not None and abs(plan.freeze_bn - half) > max(1, half // 4):
         yield Note(
             "warning", "training.freeze_bn", f"batch norms freeze after {plan.freeze_bn} of {plan.epochs} epochs: they "
-            "should settle first, and then stand still while the weights adapt", f"freeze_bn={half}",
+            "should settle first, and then stand still while the weights adapt",
+            f"bitsmith.QATSchedule({plan.epochs}, freeze_bn={half})",
         )  # fmt: skip
     frozen = plan.freeze_bn if plan.freeze_bn is not None else half
     if plan.freeze_ranges is not None and frozen is not None and plan.freeze_ranges < frozen:
         yield Note(
             "warning", "training.freeze_ranges", f"ranges freeze after {plan.freeze_ranges} epochs, before the batch "
-            f"norms do ({frozen}): they no longer fit what the norms become", f"freeze_ranges={frozen + 2}",
+            f"norms do ({frozen}): they no longer fit what the norms become",
+            f"bitsmith.QATSchedule(..., freeze_ranges={frozen + 1})",
         )  # fmt: skip
 
 

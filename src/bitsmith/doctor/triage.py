@@ -63,7 +63,8 @@ def triage(
     float_value = before.top1 if measure == "top1" else 100.0 if measure == "agreement" else None
     known = [(layer.name, layer.sqnr_db) for layer in narrow.report.layers if layer.sqnr_db is not None]
     weakest = dict(sorted(known, key=lambda item: item[1])[:_WEAKEST])
-    cause, verdict = judge(measure, float_value, values[16], values[8], weakest, better_recipe(target))
+    remedies = better_recipe(target), training_call(target)
+    cause, verdict = judge(measure, float_value, values[16], values[8], weakest, *remedies)
     return Triage(
         measure=measure, samples=before.samples, float_model=float_value, bits_16=values[16], bits_8=values[8],
         weakest=weakest, cause=cause, verdict=verdict,
@@ -71,9 +72,15 @@ def triage(
 
 
 def judge(
-    measure: Measure, float_value: float | None, bits_16: float, bits_8: float, weakest: dict[str, float], better: str
+    measure: Measure,
+    float_value: float | None,
+    bits_16: float,
+    bits_8: float,
+    weakest: dict[str, float],
+    better: str,
+    train: str,
 ) -> tuple[Literal["none", "quantization", "elsewhere"], str]:
-    """Where the loss comes from, and what to do; ``better`` names the recipe to try first."""
+    """Where the loss comes from, and what to do; ``better`` names the recipe to try first, ``train`` how to train."""
     if float_value is None:
         lost_16, lost_8 = bits_16 < _CLEAN_DB, bits_8 < _NOISY_DB
         numbers = f"{bits_16:.1f} dB at 16 bits, {bits_8:.1f} dB at 8"
@@ -89,7 +96,7 @@ def judge(
         names = ", ".join(list(weakest)[:3])
         return "quantization", (
             f"{numbers}: it is the 8 bits. The weakest layers are {names}: try {better}, then 16 bits for these, "
-            "then training with bs.nn's layers"
+            f"then training: {train}"
         )
     return "none", f"{numbers}: there is no loss to speak of"
 
@@ -131,6 +138,13 @@ def better_recipe(target: Target) -> str:
         )
         return f"step {step} in recipe {target.default_recipe!r}"
     return "recipe 'w8a8-best'"
+
+
+def training_call(target: Target) -> str:
+    """How quantization-aware training starts for a target, as code."""
+    if target.shifts is not None:
+        return "bitsmith.nn layers in the model, bitsmith.nn.calibrate, your own loop"
+    return f"bitsmith.prepare_qat(model, example_inputs=x, target={target.name!r})"
 
 
 def _taking(target: Target, recipe: Recipe) -> Target:

@@ -88,7 +88,7 @@ def _refuse(model: nn.Module) -> None:
     if names:
         raise MigrationError(
             f"the model is prepared by torch.ao but not converted ({', '.join(names[:4])}): call its convert or "
-            "convert_fx first, or quantize the float model with bitsmith.quantize"
+            "convert_fx first; or begin with the float model: bitsmith.quantize, or bitsmith.prepare_qat to train it"
         )
     if not is_torch_ao(model):
         raise MigrationError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..capture import ForwardFunction
 from ..errors import CheckpointError, DataError
 from ..model import QuantizedModel
-from ..qat import Distillation, Kinds, QATSchedule, prepare_qat
+from ..qat import Distillation, Kinds, Oscillation, QATSchedule, prepare_qat
 from ..recipe import Override, PlacementName, Recipe
 from ..targets import Target
 from .export import export
@@ -29,7 +29,7 @@ class QATModel(nn.Module):
     loop likes. With ``total_steps`` instead of ``total_epochs`` optimizer steps are counted: call ``step()`` behind
     each, or once ``schedule.follow(optimizer)``. ``freeze_bn``, ``freeze_ranges`` and ``bits`` are those of
     ``bitsmith.QATSchedule`` (0 means 0), all else that of ``bitsmith.prepare_qat``, whose result is ``module``.
-    Add ``penalty()`` to the loss where there is a ``teacher``.
+    Add ``penalty()`` to the loss where there is a ``teacher`` or damping of ``oscillation``.
 
     ``recipe`` None is that of the target, or of a model that ``bitsmith.quantize`` made.
 
@@ -55,8 +55,9 @@ class QATModel(nn.Module):
         example_inputs: Any = None, target: str | Target = "onnxruntime", *, total_steps: int | None = None,
         freeze_bn: int | None = None, freeze_ranges: int | None = None, bits: Mapping[int, int] | None = None,
         kind: str | Kinds = "auto", calibration: Iterable[Any] | None = None,
-        teacher: nn.Module | Distillation | None = None, placement: PlacementName | None = None,
-        overrides: Iterable[Override] = (), forward: ForwardFunction | None = None,
+        teacher: nn.Module | Distillation | None = None, oscillation: Oscillation | None = None,
+        placement: PlacementName | None = None, overrides: Iterable[Override] = (),
+        forward: ForwardFunction | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.schedule = QATSchedule(
@@ -65,12 +66,13 @@ class QATModel(nn.Module):
         overrides = tuple(overrides)
         self.module = prepare_qat(
             model, recipe, example_inputs, target, calibration=calibration, kind=kind, schedule=self.schedule,
-            teacher=teacher, placement=placement, overrides=overrides, forward=forward,
+            teacher=teacher, oscillation=oscillation, placement=placement, overrides=overrides, forward=forward,
         )  # fmt: skip
         # what reads a checkpoint of the float model; in a tuple, so that it is no part of this module
         self._float = (None if isinstance(model, QuantizedModel) else model,)
         self._options = {"example_inputs": example_inputs, "placement": placement, "overrides": overrides,
-                         "kind": kind, "forward": forward, "target": target, "recipe": recipe}  # fmt: skip
+                         "kind": kind, "forward": forward, "target": target, "recipe": recipe,
+                         "oscillation": oscillation}  # fmt: skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes, on its grids."""
@@ -81,7 +83,7 @@ class QATModel(nn.Module):
         self.schedule.step()
 
     def penalty(self) -> Tensor:
-        """What to add to the loss of the batch that was just run; 0 without a teacher."""
+        """What to add to the loss of the batch that was just run; 0 without a teacher and damping."""
         return self.module.penalty()
 
     def convert(self) -> QuantizedModel:
