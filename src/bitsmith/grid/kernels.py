@@ -72,6 +72,19 @@ def use_compiled(on: bool | None) -> None:
     _compiled_override = on
 
 
+def compilation() -> bool | None:
+    """What ``use_compiled``, else ``BITSMITH_COMPILE``, asks for; None: neither.
+
+    >>> use_compiled(True)
+    >>> compilation()
+    True
+    >>> use_compiled(None)
+    """
+    if _compiled_override is not None:
+        return _compiled_override
+    return {"0": False, "1": True, "auto": None}[_environment()]
+
+
 def fake_quantize(x: Tensor, grid: Grid, watch: Callable[[Tensor], None] | None = None) -> Tensor:
     """Fake-quantize into a new tensor of ``x``'s shape, dtype and memory layout, without a gradient.
 
@@ -330,10 +343,7 @@ def _compiled_arguments(x: Tensor, law: _Law) -> list[Tensor]:
 
 def _compiled_kernel(x: Tensor, grid: Grid) -> Callable[..., Tensor] | None:
     """The compiled kernel for this call, or None where the eager path is to be taken."""
-    on = _compiled_override
-    if on is None:
-        on = _environment() == "1"
-    if not on or x.device.type != "cpu" or x.numel() == 0:
+    if not compilation() or x.device.type != "cpu" or x.numel() == 0:
         return None
     if isinstance(grid.format, IntFormat):
         return _compile("integer") if grid.format.bits <= FLOAT32_BITS else None

@@ -19,7 +19,7 @@ class Constraint:
     """Options that cannot be followed, and the ``reason``.
 
     All options of ``forbid`` are given with that value, or one of that list; ``"*"`` is any value. Where features are
-    named, the recipe that results must have all of ``having`` and none of ``lacking`` (see ``features``).
+    named, the recipe that results has all of ``having`` and none of ``lacking`` (see ``features``).
 
     >>> Constraint({"gptq": True, "gpfq": "*"}, "both round").forbids({"gptq": True, "gpfq": False})
     True

@@ -78,7 +78,7 @@ def apply_options(recipe: Recipe, options: Given) -> Recipe:
     draft["steps"] = [step.model_dump(mode="json") for step in recipe.steps]
     for name, value in given.items():
         RECIPE_OPTIONS[name].change(draft, value, given)
-    found = features(draft)
+    found = {recipe.placement, *features(draft)}  # also the placement that it comes from
     for constraint in CONSTRAINTS:
         if constraint.refuses(given, found):
             raise RecipeError(str(constraint))

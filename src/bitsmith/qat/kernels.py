@@ -8,7 +8,7 @@ anyway. Per tensor on a CPU they run over pieces that stay in the cache; other t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..grid import FloatFormat, Grid, IntFormat, kernels
 from ..grid.kernels import flat_view
 from ..optimize.learned_scale import dense
+from . import native
 
 _PIECE = 1 << 16  # elements per thread: pieces of four tensors fit the second-level cache
 # Up to this many bits the difference of two float32 sums tells rounding errors from the values themselves.
@@ -106,13 +107,13 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, grid: Grid, clipping: Clipping | None, watch: Callable[[Tensor], None] | None,
+        ctx: Any, x: Tensor, grid: Grid, clipping: Clipping | None, watch: Extremes | None,
         *idle: Tensor,
     ) -> Tensor:  # fmt: skip
         x = dense(x)
         ctx.save_for_backward(None if clipping is None else x, *idle)
         ctx.clipping = clipping
-        return kernels.fake_quantize(x, grid, watch)
+        return _on_grid(x, grid, watch)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +138,7 @@ class LearnedClipping(torch.autograd.Function):
         per_offset: Tensor | None, beta: Tensor | None, rounding_counts: bool,
     ) -> Tensor:  # fmt: skip
         x = dense(x)
-        out = kernels.fake_quantize(x, clipping.grid)
+        out = _on_grid(x, clipping.grid, None)
         ctx.save_for_backward(x, out)
         ctx.clipping, ctx.rounding_counts = clipping, rounding_counts
         ctx.factors = per_size, per_offset, beta
@@ -157,6 +158,18 @@ class LearnedClipping(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, grad_size, grad_offset, *(None,) * 5
 
 
+def _on_grid(x: Tensor, grid: Grid, watch: Extremes | None) -> Tensor:
+    """``grid.fake_quantize``, compiled where that can be."""
+    low, high = code_ends(grid)
+    if watch is not None:
+        if (seen := native.fake_quantize_watched(x, grid, float(low), float(high))) is None:
+            return kernels.fake_quantize(x, grid, watch)
+        watch.found(*seen[1:])
+        return seen[0]
+    out = native.fake_quantize(x, grid, low, high)
+    return kernels.fake_quantize(x, grid) if out is None else out
+
+
 def inside_only(grad: Tensor, x: Tensor, clipping: Clipping) -> Tensor:
     """``grad`` where ``x`` is inside, 0 elsewhere: one pass, on a CPU per tensor.
 
@@ -170,6 +183,8 @@ def inside_only(grad: Tensor, x: Tensor, clipping: Clipping) -> Tensor:
             grad, x, float(clipping.low), float(clipping.high), grad_input=passed
         )
         return passed
+    if found := native.learned_backward(grad, x, x, clipping.grid, clipping.low, clipping.high, False):
+        return found[0]
     return grad * clipping.mask(x)
 
 
@@ -177,6 +192,8 @@ def _with_sums(
     grad: Tensor, x: Tensor, out: Tensor, clipping: Clipping, rounding_counts: bool, with_clipped: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradient of ``x``, and what ``LearnedClipping`` sums."""
+    if found := native.learned_backward(grad, x, out, clipping.grid, clipping.low, clipping.high, rounding_counts):
+        return found
     if clipping.grid.scale.numel() > 1 or x.device.type != "cpu":
         passed = grad * clipping.mask(x)
         stopped = grad - passed
@@ -229,12 +246,15 @@ class Extremes:
         """Take in a piece."""
         if self.greatest_only:
             greatest = piece.max()
-            self.pieces.append((greatest, greatest))
+            self.pieces.append((torch.zeros_like(greatest), greatest))
         elif piece.numel():
             self.pieces.append(torch.aminmax(piece))
+
+    def found(self, least: float, greatest: float) -> None:
+        """Take in what somebody else found in a piece."""
+        self.pieces.append((torch.tensor(0.0 if self.greatest_only else least), torch.tensor(greatest)))
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Least and greatest of all pieces, NaN where a value was NaN."""
         lows, highs = zip(*self.pieces)
-        low = torch.stack(lows).min() if not self.greatest_only else torch.zeros_like(highs[0])
-        return low, torch.stack(highs).max()
+        return torch.stack(lows).min(), torch.stack(highs).max()
