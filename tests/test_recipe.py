@@ -221,6 +221,6 @@ def test_recipes_by_effort_mean_their_widths(name: str) -> None:
     widths = f"w{recipe.weights.format.bits}a{recipe.activations.format.bits}"  # type: ignore[union-attr]
     assert name.split("-")[0] == widths
     assert (recipe.step("reconstruct") is not None) == name.endswith("best")
-    few = recipe.weights.format.bits < 4 or recipe.activations.format.bits <= 4  # type: ignore[union-attr]
+    few = recipe.weights.format.bits <= 4 or recipe.activations.format.bits <= 4  # type: ignore[union-attr]
     assert [o.match for o in recipe.overrides] == (["first", "last"] if few else [])
     assert all(o.weights and o.weights.format.bits == 8 for o in recipe.overrides)  # type: ignore[union-attr]

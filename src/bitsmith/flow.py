@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from pydantic import ValidationError
 from torch import fx, nn
 
 from .calibrate import calibrate, parse_memory
+from .calibrate.blocks import batch_size
+from .calibrate.noise import Noise
 from .calibrate.remembered import FloatStatistics
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
 from .capture import ForwardFunction, capture, copy_graph, evaluation_mode, read_batches
-from .capture.inputs import Arguments, first_samples, sample_count
+from .capture.inputs import Arguments, first_samples, last_samples, sample_count, tensors_of
 from .errors import CaptureError, CollapseError, DataError, PlacementError, RecipeError
 from .model import QuantizedModel
 from .place.chip_limits import refuse_float
@@ -28,6 +30,7 @@ from .prepare.prepare import prepare
 from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
 from .report.diagnosis import diagnose
+from .steps import ColumnByColumn
 from .targets import Target, get_target
 
 _TRIAL_SAMPLES, _TRIAL_MEMORY = 128, 1 << 30
@@ -127,17 +130,36 @@ def quantize_graph(
 
 
 def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
-    """Signal to noise at the outputs of a graph, in dB, from a short walk with a copy of it."""
+    """Signal to noise at the outputs of a graph, in dB, from a short walk with a copy of it.
+
+    The first samples calibrate, the last ones judge: rounding fits what it is calibrated with.
+    """
     trial = copy_graph(graph)
-    steps = tuple(step for step in recipe.steps if step.stage == "bias")
+    steps = tuple(step for step in recipe.steps if step.stage == "bias" or isinstance(step, ColumnByColumn))
     placed = place(trial, recipe, target)
+    half = max(1, min(_TRIAL_SAMPLES, sum(map(sample_count, batches)) // 2))
+    fixed = batch_size(graph) is None  # then batches cannot be cut
+    few = batches[:1] if fixed else _samples(batches, half, first_samples)
+    judged = batches[-1:] if fixed else _samples(batches[::-1], half, last_samples)
+    calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=half, steps=steps)
+    noise = Noise()
+    with torch.no_grad():
+        for args, kwargs in judged:
+            found = tensors_of(trial(*args, **kwargs))
+            for exact, value in zip(tensors_of(graph(*args, **kwargs)), found, strict=True):
+                if exact.is_floating_point():
+                    noise.update(exact, value)
+    return -math.inf if noise.db is None else noise.db
+
+
+def _samples(batches: list[Arguments], count: int, cut: Callable[[Arguments, int], Arguments]) -> list[Arguments]:
+    """``count`` samples from the batches in this order, of the last of them what ``cut`` leaves."""
     few: list[Arguments] = []
     for batch in batches:
-        if (left := _TRIAL_SAMPLES - sum(map(sample_count, few))) <= 0:
+        if (left := count - sum(map(sample_count, few))) <= 0:
             break
-        few.append(first_samples(batch, left))
-    log = calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=_TRIAL_SAMPLES, steps=steps)
-    return -math.inf if log.output.db is None else log.output.db
+        few.append(cut(batch, left))
+    return few
 
 
 def finish(

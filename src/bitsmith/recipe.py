@@ -175,17 +175,17 @@ def bits_recipe(
 def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "best"]) -> Recipe:
     """``fast`` rounds column by column (seconds, no training); ``best`` then learns blocks (minutes), where they gain.
 
-    As the literature has it, the first and the last layer and what they read have 8 bits where weights have less than
-    4 bits or activations 4 or less.
+    As the literature has it, the first and the last layer and what they read have 8 bits where weights or activations
+    have 4 bits or less.
     """
     ends = bits_recipe(8, 8)
-    few = weight_bits < 4 or activation_bits <= 4
+    few = min(weight_bits, activation_bits) <= 4
     overrides = [Override(match=end, weights=ends.weights, activations=ends.activations) for end in ("first", "last")]
-    rounding: Step = Qronos() if weight_bits <= 4 else Gptq(asymmetric=True)
-    # 400 iterations, with half of the activations left as they are, are less prone to fit the calibration set only
+    rounding: Step = Qronos(damping="auto") if weight_bits <= 4 else Gptq(asymmetric=True)
     learning = (Reconstruct(iterations=400),) if effort == "best" else ()
     learned = effort == "best" and weight_bits <= 4
-    moments: Step = ReestimateBatchNorm() if few or learned else BiasCorrection()
+    matched = weight_bits < 4 or activation_bits <= 4 or learned
+    moments: Step = ReestimateBatchNorm() if matched else BiasCorrection()
     recipe = bits_recipe(
         weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
         steps=(FoldBatchNorm(), rounding, *learning, moments), overrides=tuple(overrides) if few else (),

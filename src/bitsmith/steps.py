@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Stage = Literal["prepare", "weights", "blocks", "bias"]
 
 
+Damping = Annotated[float, Field(gt=0.0, le=100.0)] | Literal["auto"]
+_DAMPING = "added to the diagonal, as a share of its mean; auto: of 0.01, 0.1, 1, 10 the best for samples held out"
 _SCALES = (
     "how many scales to try, from the range rule's own down to half of it; the least output error wins; "
     "None: 11 where weights have scales per group, else 1"
@@ -38,12 +40,23 @@ class FoldBatchNorm(_Step):
 
 
 class Equalize(_Step):
-    """Cross-layer equalization (arXiv 1906.04721, section 4.1): one range for the layers on both sides of a channel."""
+    """Cross-layer equalization (arXiv 1906.04721, section 4.1): one range for the layers on both sides of a channel.
+
+    With ``objective`` "noise" the scales are those that leave the least noise at the outputs, to first order, and
+    ``iterations`` and ``merge_bias`` have no meaning.
+    """
 
     stage: ClassVar[Stage] = "prepare"
     name: Literal["equalize"] = "equalize"
     iterations: int = Field(default=20, ge=1, le=1000, description="sweeps; it stops when nothing moves any more")
     merge_bias: bool = Field(default=False, description="let the bias of a channel count in its range")
+    objective: Literal["range", "noise"] = "range"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Equalize:
+        if self.objective == "noise" and (given := {"iterations", "merge_bias"} & self.model_fields_set):
+            raise ValueError(f"equalize: {', '.join(sorted(given))} belong to objective 'range'")
+        return self
 
 
 class EqualizeActivations(_Step):
@@ -88,7 +101,7 @@ class Gptq(ColumnByColumn):
 
     name: Literal["gptq"] = "gptq"
     scales: int | None = Field(default=None, ge=1, le=64, description=_SCALES)
-    damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
+    damping: Damping = Field(default=0.01, description=_DAMPING)
     asymmetric: bool = Field(
         default=False, description="make up for the error of the layer's inputs as well (arXiv 2504.02692)"
     )
@@ -113,7 +126,7 @@ class Qronos(ColumnByColumn):
     """Qronos (arXiv 2505.11695): take back the error of the layers before, then spread that of each column as GPTQ."""
 
     name: Literal["qronos"] = "qronos"
-    damping: float = Field(default=0.01, gt=0.0, le=1.0, description="added to the diagonal, as a share of its mean")
+    damping: Damping = Field(default=0.01, description=_DAMPING)
 
 
 Form = Literal["hard_sigmoid", "sigmoid", "linear"]

@@ -295,6 +295,24 @@ def test_asymmetric_gptq_takes_back_what_the_layers_before_lost() -> None:
     assert noise(Qronos()) < 0.9 * plain
 
 
+@pytest.mark.parametrize("step", [Gptq(asymmetric=True, damping="auto"), Qronos(damping="auto")], ids=str)
+def test_automatic_damping_holds_weights_where_samples_are_few(step: Any) -> None:
+    def damping_and_error(samples: int, step: Any) -> tuple[str, float]:
+        quantized, exact = correlated(samples + 1000, 40)
+        torch.manual_seed(0)
+        layer = nn.Linear(40, 8, bias=False)
+        goal = layer(exact)[samples:].detach()
+        v = visit(layer, quantized[:samples], exact[:samples])
+        with torch.no_grad():
+            layer_step(step).run(v)
+            return (v.notes or [""])[0], float((layer(quantized[samples:]) - goal).square().sum())
+
+    few, error = damping_and_error(44, step)
+    assert float(few.removeprefix("damping ")) >= 0.1
+    assert error < damping_and_error(44, step.model_copy(update={"damping": 0.01}))[1]
+    assert damping_and_error(4000, step)[0] == "damping 0.01"
+
+
 def test_contradicting_options_are_refused() -> None:
     with pytest.raises(ValueError, match="inputs cannot be float"):
         Gptq(asymmetric=True, inputs="float")

@@ -98,15 +98,17 @@ def _spoiled(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("objective", ["range", "noise"])
 @pytest.mark.parametrize("name", NETS)
-def test_the_function_stays(name: str) -> None:
+def test_the_function_stays(name: str, objective: str) -> None:
     model, expected = NETS[name]
+    merge = {"merge_bias": True} if (name, objective) == ("chain", "range") else {}
     model = _spoiled(model)
     x = torch.randn(4, 3, 8, 8)
     graph = _graph(model, x)
     with torch.no_grad():
         before = graph(x)
-        note = equalize(graph, read_batches(model, [x]), Equalize(merge_bias=name == "chain"), RECIPE)
+        note = equalize(graph, read_batches(model, [x]), Equalize(objective=objective, **merge), RECIPE)
         after = graph(x)
     assert note.startswith(f"equalized the output channels of {expected} of")
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
@@ -150,8 +152,34 @@ def test_in_front_of_a_clip_only_channels_with_room_move() -> None:
         torch.testing.assert_close(graph(x), before, rtol=1e-5, atol=1e-6)
     found = out_range(graph.get_submodule("0"))
     assert float(found[2]) == 20.0
-    assert bool((found[[0, 1, 3]] <= 6 / 1.25 + 1e-6).all())
+    assert bool((found[[0, 1, 3]] <= 6 + 1e-6).all())
     torch.testing.assert_close(found[0], torch.tensor(0.1, dtype=torch.float64).sqrt(), rtol=1e-3, atol=0)
+
+
+def test_the_least_noise_is_where_trying_every_ratio_finds_it() -> None:
+    """Two hidden units: weights of one scale per tensor add noise that depends on the ratio of their scales alone."""
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    model[0].weight.data.copy_(torch.tensor([[1.0], [0.1]]))
+    model[2].weight.data.copy_(torch.tensor([[0.2, 5.0]]))
+    x = torch.rand(64, 1)
+    graph = _graph(model, x)
+    weights_only = bits_recipe(8, 8, granularity="tensor").model_copy(update={"activations": None})
+    equalize(graph, read_batches(model, [x]), Equalize(objective="noise"), weights_only)
+    first = graph.get_submodule("0").weight.flatten()
+    found = float(first[1] / first[0] / 0.1)
+
+    power = float(x.square().mean())
+    ratios = torch.logspace(-3, 3, 6001, dtype=torch.float64)
+    step = torch.maximum(torch.tensor(1.0), 0.1 * ratios) ** 2
+    noise = step * power * (0.2**2 + 5.0**2 / ratios**2)  # gradients at the units: what the second layer multiplies
+    step = torch.maximum(torch.tensor(0.2), 5.0 / ratios) ** 2
+    noise += step * power * (1.0**2 + (0.1 * ratios) ** 2)
+    assert found == pytest.approx(float(ratios[noise.argmin()]), rel=0.03)
+
+
+def test_options_of_the_other_objective_are_refused() -> None:
+    with pytest.raises(ValueError, match="iterations, merge_bias belong to objective 'range'"):
+        Equalize(objective="noise", iterations=3, merge_bias=True)
 
 
 def test_a_dead_channel_is_left_alone() -> None:

@@ -155,7 +155,16 @@ def sample_count(arguments: Arguments) -> int:
 
 def first_samples(arguments: Arguments, count: int) -> Arguments:
     """The first ``count`` samples of a batch."""
+    return _cut(arguments, slice(count))
+
+
+def last_samples(arguments: Arguments, count: int) -> Arguments:
+    """The last ``count`` samples of a batch."""
+    return _cut(arguments, slice(-count, None))
+
+
+def _cut(arguments: Arguments, samples: slice) -> Arguments:
     found = sample_count(arguments)
-    cut = lambda t: t[:count] if t.ndim and t.shape[0] == found else t  # noqa: E731
+    cut = lambda t: t[samples] if t.ndim and t.shape[0] == found else t  # noqa: E731
     result: Arguments = torch.utils._pytree.tree_map_only(Tensor, cut, arguments)
     return result

@@ -21,8 +21,10 @@ from .row_grid import RowGrid, take
 from .visit import LayerStep, LayerVisit, Stream
 
 Options = TypeVar("Options", bound=ColumnByColumn)
+_Pair = tuple[Tensor, Tensor | None]  # H and G
 _LEAST_RATIO = 0.5
 _SCALES_OF_GROUPS = 11
+_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 _AT_ONCE = 1 << 24  # weights that are rounded side by side when several scales are tried
 
 
@@ -35,7 +37,7 @@ class ColumnStep(LayerStep, Generic[Options]):
         self.needs_float_inputs = "float" in streams
 
     @abstractmethod
-    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, notes: list[str]) -> Feedback:
+    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, damping: float, notes: list[str]) -> Feedback:
         """What the shared loop needs; ``w`` (groups, columns, rows), ``h`` and ``g`` (groups, columns, columns)."""
 
     def refusal(self, layer: QuantLayer) -> str:
@@ -49,14 +51,16 @@ class ColumnStep(LayerStep, Generic[Options]):
         """Round the layer's weight; its scales too change where others lose less."""
         layer = visit.layer
         assert layer.weight_quantizer is not None
-        moments = self._moments(visit)
+        parts = self._moments(visit)
         weight, grid = layer.weight.detach(), layer.weight_quantizer.require_grid()
         w = as_rows(layer.layer, weight).double().mT.contiguous()
-        order = self._order(moments.h)
-        h, g = _square(moments.h, order), None if moments.g is None else _square(moments.g, order)
+        order = self._order(_sum([part.h for part in parts]))
+        halves = [(_square(m.h, order), None if m.g is None else _square(m.g, order)) for m in parts]
         rows, w = RowGrid.of(layer.layer, weight, grid).taken(order), take(w, order)
         budget = None if self.options.accumulator_bits is None else Budget.of(visit, self.options.accumulator_bits)
-        feedback = self.prepare(w, h, g, visit.notes)
+        damping = self._chosen_damping(w, halves, rows, visit.notes)
+        h, g = _added(halves)
+        feedback = self.prepare(w, h, g, damping, visit.notes)
         nearest = _nearest(w, rows, budget)
         before = float(output_error(nearest * rows.scale - feedback.target, h).sum())
         ratios = self._ratios(layer)
@@ -74,18 +78,41 @@ class ColumnStep(LayerStep, Generic[Options]):
             layer.weight_quantizer.set_grid(_scaled(grid, ratio, layer.layer))
         return before, after
 
-    def _moments(self, visit: LayerVisit) -> Moments:
-        moments = Moments(visit.layer.layer, cross=len(self.streams) > 1)
+    def _moments(self, visit: LayerVisit) -> list[Moments]:
+        """The moments of all samples; of the even and the odd ones where damping is to be chosen."""
+        several, layer = getattr(self.options, "damping", None) == "auto", visit.layer.layer
+        parts = [Moments(layer, cross=len(self.streams) > 1) for _ in range(1 + several)]
         first = visit.inputs(self.streams[0])
         others: Iterator[Tensor | None] = visit.inputs(self.streams[1]) if len(self.streams) > 1 else _nothing()
+        seen = 0
         for x, exact in zip(first, others):
-            moments.update(x, exact)
-        if not all(bool(m.isfinite().all()) for m in (moments.h, moments.g) if m is not None):
+            for index, part in enumerate(parts):
+                own = slice((index - seen) % len(parts), None, len(parts))
+                if len(x[own]):
+                    part.update(x[own], None if exact is None else exact[own])
+            seen += len(x)
+        if not all(bool(m.isfinite().all()) for part in parts for m in (part.h, part.g) if m is not None):
             raise NonFiniteError(
                 f"layer {visit.name!r} reads NaN, infinite or huge values in the calibration data: look at the float "
                 "model on it; a division, a log or an overflow before this layer makes them"
             )
-        return moments
+        return parts
+
+    def _chosen_damping(self, w: Tensor, halves: list[_Pair], rows: RowGrid, notes: list[str]) -> float:
+        """The damping asked for; ``auto``: what serves the odd samples best when the even ones round."""
+        asked = getattr(self.options, "damping", 0.0)
+        if asked != "auto":
+            return float(asked)
+        (h, g), (held_out, crossed) = halves
+        errors = []
+        for damping in _DAMPINGS:
+            feedback = self.prepare(w, h, g, damping, [])
+            values = round_columns(feedback, rows, rows.round, self.options.block_size) * rows.scale
+            goal = (held_out if crossed is None else crossed) @ w
+            errors.append(float(((held_out @ values - 2 * goal) * values).sum()))
+        best = _DAMPINGS[errors.index(min(errors))]
+        notes.append(f"damping {best:g}")
+        return best
 
     def _order(self, h: Tensor) -> Tensor:
         """The order of the columns, (groups, columns): each group of a grouped layer has its own."""
@@ -131,6 +158,17 @@ def aligned(w: Tensor, h: Damped, g: Tensor) -> Tensor:
 def _nothing() -> Iterator[None]:
     while True:
         yield None
+
+
+def _added(pairs: list[_Pair]) -> _Pair:
+    """The sums of H and of G."""
+    crossed = [g for _, g in pairs if g is not None]
+    return _sum([h for h, _ in pairs]), _sum(crossed) if crossed else None
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Their sum."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _square(moments: Tensor, order: Tensor) -> Tensor:

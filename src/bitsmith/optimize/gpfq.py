@@ -26,7 +26,7 @@ class GpfqStep(ColumnStep[Gpfq]):
     def __init__(self, options: Gpfq) -> None:
         super().__init__(options, streams=("quantized", "float"))
 
-    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, notes: list[str]) -> Feedback:
+    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, damping: float, notes: list[str]) -> Feedback:
         """The greedy path of algorithm 1."""
         assert g is not None
         return gpfq(w, h, g)

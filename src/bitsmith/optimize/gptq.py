@@ -22,9 +22,9 @@ class GptqStep(ColumnStep[Gptq]):
     def __init__(self, options: Gptq) -> None:
         super().__init__(options, streams=("quantized", "float") if options.asymmetric else (options.inputs,))
 
-    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, notes: list[str]) -> Feedback:
+    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, damping: float, notes: list[str]) -> Feedback:
         """Equation (3): the error of column i over [H^-1]_ii, spread by the row of H^-1 that is left."""
-        damped = Damped.of(h, self.options.damping, notes)
+        damped = Damped.of(h, damping, notes)
         return gptq(w if g is None else aligned(w, damped, g), damped)
 
 

@@ -24,10 +24,10 @@ class QronosStep(ColumnStep[Qronos]):
     def __init__(self, options: Qronos) -> None:
         super().__init__(options, streams=("quantized", "float"))
 
-    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, notes: list[str]) -> Feedback:
+    def prepare(self, w: Tensor, h: Tensor, g: Tensor | None, damping: float, notes: list[str]) -> Feedback:
         """w*, the first column's own value, and GPTQ's way to spread errors."""
         assert g is not None
-        return qronos(w, Damped.of(h, self.options.damping, notes), g)
+        return qronos(w, Damped.of(h, damping, notes), g)
 
 
 def qronos(w: Tensor, h: Damped, g: Tensor) -> Feedback:

@@ -4,7 +4,7 @@ Source: Nagel et al., Data-Free Quantization through Weight Equalization and Bia
 section 4.1. Where f(sx) = s f(x), a channel between two layers may be scaled by any s > 0: its rows in the first
 layer times s, its columns in the second divided by s. With ranges r1 and r2, s = sqrt(r2 / r1) makes both
 sqrt(r1 r2), equation (11). Adds, concats and shared layers tie channels together (``channels.py``); the range on each
-side is then the largest of those tied.
+side is then the largest of those tied. Objective "noise" chooses s otherwise: ``noise.py``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..capture.ops import layer_of
 from ..recipe import Recipe
 from ..steps import Equalize
 from .channels import FIXED, ChannelFlow
+from .noise import quietest_scales
 from .weights import in_range, out_range, scale_inputs, scale_outputs
 
 _DEAD = 1e-8  # of the largest range of a layer: such a channel is left alone
-_HEADROOM = 1.25  # beyond what was seen in front of a clip
 _CONVERGED = 1e-4
 
 
-def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize, _recipe: Recipe) -> str:
+def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize, recipe: Recipe) -> str:
     """Equalize every channel between layers, in place; returns what was done in a line.
 
     The function stays what it was, to float rounding. In front of a clip such as ReLU6 that holds for inputs that
@@ -35,7 +35,10 @@ def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize,
     flow = ChannelFlow(graph).follow(one_sample(graph, batches[0]))
     limit = limits(flow, graph, batches)
     total = torch.ones(flow.count, dtype=torch.float64)
-    for _ in range(options.iterations):
+    if options.objective == "noise":
+        total = quietest_scales(flow, graph, batches[0], limit, recipe)
+        apply_scales(flow, total)
+    for _ in range(options.iterations if options.objective == "range" else 0):
         step = _step(flow, options)
         step = torch.minimum(step, limit / total)
         total *= step
@@ -119,11 +122,11 @@ def limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments]) -
     ends = channel_ends(graph, batches, [clip.node for clip in flow.clips]) if flow.clips else {}
     for clip in flow.clips:
         low, high = ends[clip.node]
-        room = torch.where(high > 0, clip.high / (high * _HEADROOM), torch.inf)
-        meets = high * _HEADROOM >= clip.high
+        room = torch.where(high > 0, clip.high / high, torch.inf)
+        meets = high >= clip.high
         if clip.low < 0:
-            room = torch.minimum(room, torch.where(low < 0, clip.low / (low * _HEADROOM), torch.inf))
-            meets |= low * _HEADROOM <= clip.low
+            room = torch.minimum(room, torch.where(low < 0, clip.low / low, torch.inf))
+            meets |= low <= clip.low
         roots = flow.roots[clip.channels]
         limit.scatter_reduce_(0, roots, room, "amin")
         flow.roots = torch.where(torch.isin(flow.roots, roots[meets]), FIXED, flow.roots)

@@ -18,6 +18,8 @@ from .split_channels import split_channels
 
 Judge = Callable[[fx.GraphModule], float]  # signal to noise ratio at the outputs once quantized, in dB
 
+_CLEARLY = 0.1  # dB
+
 _REWRITES: dict[str, Callable[[fx.GraphModule, list[Arguments], Any, Recipe], str]] = {
     "equalize": equalize,
     "equalize_activations": equalize_activations,
@@ -31,7 +33,7 @@ def prepare(
     """The graph after the steps of stage ``prepare``, and a line on what each did.
 
     Folding a batch norm always helps. What moves ranges from one layer to another may do harm (equalization does
-    where weights have a scale per channel): such a step is kept only where ``judge`` finds less noise after it.
+    where weights have a scale per channel): such a step is kept only where ``judge`` finds clearly less noise after it.
     """
     notes: list[str] = []
     before: float | None = None
@@ -45,7 +47,7 @@ def prepare(
                 note = _REWRITES[step.name](candidate, batches, step, recipe)
             after = judge(candidate)
             noise = f"output SQNR {before:.1f} dB without it, {after:.1f} dB with it"
-            if after > before:
+            if after > before + _CLEARLY:
                 graph, before = candidate, after
                 notes.append(f"{step.name}: {note}; {noise}")
             else:
