@@ -2,18 +2,21 @@
 
     python -m benchmarks.scaling [--rounds 3] [--csv FILE] [--plot docs/images/scaling.svg]
 
-Each depth is quantized at W4A8 with GPTQ alone and with GPTQ and bias correction; both measure the noise of every layer
-for the report, as every walk does. Rounds alternate, medians are kept. Processor seconds, so that other work on the
-machine does not count: run it with one thread (OMP_NUM_THREADS=1).
+Each depth is quantized at W4A8 with GPTQ alone, its noise not even measured; with the noise of every layer measured
+for the report, as every walk does; and with bias correction besides. Rounds alternate, medians are kept; ``ratio`` is
+to GPTQ alone. Processor seconds, so that other work on the machine does not count: run it with one thread
+(OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import time
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,22 +25,27 @@ import bitsmith as bs
 from benchmarks import data
 from benchmarks.accuracy import commit
 from benchmarks.nets.resnet_cifar import ResNet
+from bitsmith.calibrate.noise import Noise, OutputNoise
 from bitsmith.recipe import bits_recipe
 from bitsmith.steps import Gptq
 
 DEPTHS = (20, 32, 44, 56)
-STEPS = {"gptq": (), "gptq + bias correction": ("bias_correction",)}
-FIELDS = ("depth", "layers", "steps", "samples", "cpu_s", "threads", "commit", "bitsmith")
+STEPS = {"gptq": (), "gptq + report": (), "gptq + report + bias correction": ("bias_correction",)}
+FIELDS = ("depth", "layers", "steps", "samples", "cpu_s", "ratio", "ms_per_layer", "threads", "commit", "bitsmith")
 SAMPLES = 128
-COLOURS = ("#1f77b4", "#d62728")
+COLOURS = ("#1f77b4", "#2ca02c", "#d62728")
 
 
-def seconds(model: torch.nn.Module, images: list[Tensor], steps: tuple[str, ...]) -> tuple[float, int]:
+def seconds(model: torch.nn.Module, images: list[Tensor], name: str) -> tuple[float, int]:
     """Processor seconds of ``quantize``, and the number of layers."""
-    recipe = bits_recipe(4, 8, steps=("fold_batch_norm", Gptq(), *steps))
-    start = time.process_time()
-    q = bs.quantize(model, images, recipe, placement="fx")
-    return time.process_time() - start, len(q.report.layers)
+    recipe = bits_recipe(4, 8, steps=("fold_batch_norm", Gptq(), *STEPS[name]))
+    with contextlib.ExitStack() as stack:
+        if "report" not in name:
+            for kind in (Noise, OutputNoise):
+                stack.enter_context(patch.object(kind, "update", lambda *_: None))
+        start = time.process_time()
+        q = bs.quantize(model, images, recipe, placement="fx")
+        return time.process_time() - start, len(q.report.layers)
 
 
 def measure(rounds: int) -> list[dict[str, object]]:
@@ -45,16 +53,18 @@ def measure(rounds: int) -> list[dict[str, object]]:
     images = list(data.random_images(SAMPLES, side=32, seed=1).split(64))
     torch.manual_seed(0)
     models = {depth: ResNet(((depth - 2) // 6,) * 3).eval() for depth in DEPTHS}
-    seconds(models[DEPTHS[0]], images, ())  # what the first call alone does
+    seconds(models[DEPTHS[0]], images, "gptq")  # what the first call alone does
     found: dict[tuple[int, str], list[tuple[float, int]]] = {}
     for _ in range(rounds):
         for depth, model in models.items():
-            for name, steps in STEPS.items():
-                found.setdefault((depth, name), []).append(seconds(model, images, steps))
+            for name in STEPS:
+                found.setdefault((depth, name), []).append(seconds(model, images, name))
+    times = {key: median(run[0] for run in runs) for key, runs in found.items()}
     return [
         {
             "depth": depth, "layers": runs[0][1], "steps": name, "samples": SAMPLES,
-            "cpu_s": round(median(run[0] for run in runs), 3),
+            "cpu_s": round(times[depth, name], 3), "ratio": round(times[depth, name] / times[depth, "gptq"], 3),
+            "ms_per_layer": round(1000 * times[depth, name] / runs[0][1], 1),
             "threads": torch.get_num_threads(), "commit": commit(), "bitsmith": bs.__version__,
         }
         for (depth, name), runs in found.items()
@@ -105,7 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.rounds)
     for r in rows:
-        print(f"ResNet-{r['depth']:<4}{r['layers']:4} layers  {r['steps']:24}{r['cpu_s']:8.2f} s")
+        print(f"ResNet-{r['depth']:<4}{r['layers']:4} layers  {r['steps']:32}{r['cpu_s']:6.2f} s, "
+              f"{r['ms_per_layer']:5.1f} ms a layer, {r['ratio']:.2f} times GPTQ alone")  # fmt: skip
     if options.csv:
         with options.csv.open("w", newline="") as handle:
             writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
