@@ -90,12 +90,13 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">layers</text>',
         f'<text x="{left}" y="14">processor seconds</text>',
     ]
-    for share in (0.25, 0.5, 0.75, 1.0):
-        x, y = at(most_x * share / 1.1, most_y * share / 1.1)
-        parts.append(
-            f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{most_x * share / 1.1:.0f}</text>'
-        )
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{most_y * share / 1.1:.1f}</text>')
+    for layers in sorted({int(str(r["layers"])) for r in rows}):
+        x, _ = at(layers, 0)
+        parts.append(f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{layers}</text>')
+    for value in range(int(most_y) + 1):
+        _, y = at(0, value)
+        parts.append(f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{value}</text>')
     for index, (name, colour) in enumerate(zip(STEPS, COLOURS)):
         points = [at(float(str(r["layers"])), float(str(r["cpu_s"]))) for r in rows if r["steps"] == name]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -93,8 +93,8 @@ def deploy(
     """A callable that runs the quantized model, or an exported file, in ``engine``.
 
     ``"onnxruntime"`` and ``"openvino"`` run the ONNX file, ``"torch"`` PyTorch's own int8 kernels. ``"auto"`` times
-    those that are installed on ``inputs`` (default: one made-up sample) for about a second and takes the fastest;
-    the answer's ``engine.name`` and ``timings`` say which. None is onnxruntime, or what reads the file.
+    those that are installed on ``inputs`` (default: one made-up sample; for a dynamic model the inputs that it was
+    first called with) for about a second and takes the fastest; the answer's ``engine.name`` and ``timings`` say which. None is onnxruntime, or what reads the file.
 
     ``"ai8x"`` runs the checkpoint of a MAX78000. Dynamic models run on ``"torch"`` on the threads that torch has.
 
@@ -114,18 +114,18 @@ def deploy(
         if engine == "auto":
             raise DataError("engine='auto' takes a quantized model: a file has the engine it was written for")
         return Deployed(open_engine(q, engine, threads))
-    if q.recipe.placement == "dynamic" and engine in ("torch", "auto"):
-        if engine == "auto":
-            raise DataError(
-                "engine='auto' chooses for static models: this one is dynamic, try 'torch' and 'onnxruntime'"
-            )
+    if engine == "auto":
+        return _fastest(q, threads, inputs)
+    return _deploy(q, engine or "onnxruntime", threads)
+
+
+def _deploy(q: QuantizedModel | DynamicModel, engine: EngineName, threads: int | None) -> Deployed | TorchDeployed:
+    if engine == "torch" and q.recipe.placement == "dynamic":
         from .dynamic.torch_kernels import TorchDeployed
 
         return TorchDeployed(q)  # type: ignore[arg-type]
     q = q.captured()
-    if engine == "auto":
-        return _fastest(q, threads, inputs)
-    return _deploy_torch(q, threads) if engine == "torch" else _deploy_file(q, engine or "onnxruntime", threads)
+    return _deploy_torch(q, threads) if engine == "torch" else _deploy_file(q, engine, threads)
 
 
 def _deploy_file(q: QuantizedModel, engine: EngineName, threads: int | None) -> Deployed:
@@ -149,32 +149,41 @@ def _deploy_torch(q: QuantizedModel, threads: int | None) -> Deployed:
     return Deployed(script_engine(freeze(scripted), threads), None, q, module)
 
 
-def _fastest(q: QuantizedModel, threads: int | None, inputs: Any) -> Deployed:
+def _fastest(q: QuantizedModel | DynamicModel, threads: int | None, inputs: Any) -> Deployed | TorchDeployed:
     """The fastest of the engines that are installed and take the model."""
-    from .engines import example_inputs
     from .evaluate.latency import interleaved_latency
 
-    candidates: dict[str, Deployed] = {}
+    candidates: dict[str, Deployed | TorchDeployed] = {}
     reasons: list[str] = []
     for name in ENGINES:
         try:
-            opened = _deploy_torch(q, threads) if name == "torch" else _deploy_file(q, name, threads)
-            candidates[name] = opened
+            candidates[name] = _deploy(q, name, threads)
         except BitsmithError as error:
             reasons.append(f"{name}: {error}")
     if not candidates:
         raise ExportError("no engine takes this model: " + "; ".join(reasons))
-    if inputs is None:
-        values = example_inputs(q, 1)
-        spec: Any = q.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
-        args, kwargs = torch.utils._pytree.tree_unflatten(list(values), spec)
-    else:
-        args, kwargs = (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+    args, kwargs = _example(q) if inputs is None else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     runs = {name: partial(candidate, *args, **kwargs) for name, candidate in candidates.items()}
     timings = interleaved_latency(runs, seconds=1.0)
     best = candidates[min(timings, key=lambda name: timings[name].median_ms)]
     best.timings = timings
     return best
+
+
+def _example(q: QuantizedModel | DynamicModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to call a model with: for a dynamic one the inputs that its graph is made from."""
+    from .engines import example_inputs
+
+    if q.recipe.placement == "dynamic" and not isinstance(q, QuantizedModel):
+        if q.example_inputs is None:
+            raise DataError(
+                "engine='auto' must run the model, whose inputs are not known yet: run it once, or pass inputs"
+            )
+        return q.example_inputs
+    q = q.captured()
+    spec: Any = q.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    args, kwargs = torch.utils._pytree.tree_unflatten(list(example_inputs(q, 1)), spec)
+    return args, kwargs
 
 
 def _rounding(q: QuantizedModel, engine: str) -> str:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import bitsmith as bs
+from bitsmith.errors import DataError
 from bitsmith.verify.engines import open_engine
 
 
@@ -176,3 +177,15 @@ def test_deploy_answers_in_the_models_own_structure() -> None:
     found, (found_h, found_c) = bs.deploy(q, threads=1)(x)
     for a, b in ((y, found), (h, found_h), (c, found_c)):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_auto_takes_the_fastest_engine_of_a_dynamic_model() -> None:
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    q, x = bs.quantize_dynamic(net), torch.randn(3, 16)
+    with pytest.raises(DataError, match="run it once"):
+        bs.deploy(q, "auto")
+    expected = q(x)
+    deployed = bs.deploy(q, "auto")
+    assert {"onnxruntime", "torch"} <= set(deployed.timings)
+    assert deployed.engine.name == min(deployed.timings, key=lambda name: deployed.timings[name].median_ms)
+    torch.testing.assert_close(deployed(x), expected, rtol=0, atol=1e-5)

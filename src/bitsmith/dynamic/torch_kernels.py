@@ -1,25 +1,28 @@
 """PyTorch's dynamic int8 kernels. The only file of dynamic quantization that touches torch's private operators.
 
 ``quantized::linear_dynamic`` and ``quantized_lstm`` take and give float tensors; only their packed weights are tied
-to torch's quantized tensors, which are deprecated and appear here alone. Measured on torch 2.13 they are faster than
-a quantization written out in front of ``onednn::qlinear_pointwise``, which takes several passes over the input.
+to torch's quantized tensors, which are deprecated and appear here alone.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import DataError
+from ..verify.engines import Engine
 from . import laws
 from .layers import DynamicLinear
 from .model import DynamicModel
 from .recurrent_layers import DynamicRecurrent
+
+if TYPE_CHECKING:
+    from ..evaluate.latency import Latency
 
 
 def _saturates() -> bool:
@@ -189,7 +192,10 @@ def _kernel(layer: nn.Module) -> nn.Module | None:
 
 
 class TorchDeployed(nn.Module):
-    """A dynamically quantized model on torch's int8 kernels; called like the float model."""
+    """A dynamically quantized model on torch's int8 kernels; called like the float model.
+
+    ``engine`` says so; ``timings`` are there where engine ``auto`` chose it.
+    """
 
     def __init__(self, q: DynamicModel) -> None:
         super().__init__()
@@ -198,6 +204,12 @@ class TorchDeployed(nn.Module):
         memo: dict[int, Any] = {id(m): made for m in q.model.modules() if (made := _kernel(m)) is not None}
         with torch.no_grad():
             self.model = copy.deepcopy(q.model, memo).eval()
+        self.engine = Engine("torch", torch.__version__, list(q.signature.parameters), [], self._by_name)
+        self.timings: dict[str, Latency] = {}
+
+    def _by_name(self, feeds: dict[str, Any]) -> list[Any]:
+        outputs = self(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+        return [t.numpy() for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the integer kernels."""
