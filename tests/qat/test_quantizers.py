@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -309,22 +309,23 @@ def test_gradual_bits_keep_the_clipping_range(kind: str) -> None:
 
 
 @given(
-    bits=st.integers(2, 16),
-    signed=st.booleans(),
-    narrow=st.booleans(),
-    low=st.floats(-100, -1e-3),
-    high=st.floats(1e-3, 100),
-)
+    bits=st.integers(2, 16), signed=st.booleans(), narrow=st.booleans(), symmetric=st.booleans(),
+    low=st.floats(-100, 0), high=st.floats(0, 100),
+)  # fmt: skip
 def test_the_short_way_to_a_moving_grid_is_the_long_one(
-    bits: int, signed: bool, narrow: bool, low: float, high: float
+    bits: int, signed: bool, narrow: bool, symmetric: bool, low: float, high: float
 ) -> None:
-    spec = TensorSpec(format=IntFormat(bits, signed=signed, narrow=narrow and signed))
-    quantizer = make_quantizer("moving-average", spec, non_negative=not signed)
-    quantizer(torch.tensor([low, high]))
-    short, long = quantizer._without_offset(), quantizer._solve(quantizer.low, quantizer.high, None)  # type: ignore[operator]
+    spec = TensorSpec(format=IntFormat(bits, signed=signed, narrow=narrow), symmetric=symmetric)
+    non_negative = symmetric and not signed
+    quantizer = make_quantizer("moving-average", spec, non_negative=non_negative)
+    assume(high - (0.0 if non_negative else low) > 1e-30)
+    quantizer(torch.tensor([low, high], dtype=torch.float32))
+    short = quantizer._short(float(quantizer.low), float(quantizer.high))  # type: ignore[operator]
+    long = quantizer._solve(quantizer.low, quantizer.high, None)  # type: ignore[arg-type]
     assert short is not None
     assert torch.equal(short.scale, long.scale)
-    assert (short.format, long.zero_point) == (long.format, None)
+    assert short.format == long.format
+    assert short.zero_point == long.zero_point
 
 
 def test_moving_average_by_hand() -> None:
@@ -354,6 +355,9 @@ def test_ranges_of_weights_are_their_own_at_every_step() -> None:
         weight = data(4, 9, seed=seed)
         y = quantizer(weight)
         torch.testing.assert_close(quantizer.require_grid().scale, weight.abs().amax(1) / 127)
+        weight[1] = 0.0  # a dead channel takes the largest scale
+        y = quantizer(weight)
+        assert quantizer.require_grid().scale[1] == quantizer.require_grid().scale.max()
         assert torch.equal(y, fake_quantize(weight, quantizer.require_grid()))
 
 

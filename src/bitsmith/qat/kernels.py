@@ -19,6 +19,7 @@ from ..grid import FloatFormat, Grid, IntFormat, kernels
 from ..grid.kernels import flat_view
 from ..optimize.learned_scale import dense
 from . import native
+from .native import Number
 
 _PIECE = 1 << 16  # elements per thread: pieces of four tensors fit the second-level cache
 # Up to this many bits the difference of two float32 sums tells rounding errors from the values themselves.
@@ -27,15 +28,15 @@ _COARSE_BITS = 8
 
 @dataclass(frozen=True)
 class Clipping:
-    """Where values are clipped: outside ``low .. high`` (real numbers, shaped like ``grid.scale``) of ``grid``.
+    """Where values are clipped: outside ``low .. high``, real numbers for each scale of ``grid`` or for all alike.
 
     The gradient of ``x`` is 0 there and at the ends themselves. ``relu`` moves the lower end to 0, so that the gradient
     is that of a ReLU in front.
     """
 
     grid: Grid
-    low: Tensor
-    high: Tensor
+    low: Number
+    high: Number
 
     @classmethod
     def of(cls, grid: Grid, *, margin: float, relu: bool) -> Clipping:
@@ -45,22 +46,21 @@ class Clipping:
 
         >>> grid = Grid(IntFormat(8, signed=False), torch.tensor(0.5))
         >>> Clipping.of(grid, margin=0.5, relu=False).high
-        tensor(127.7500)
+        127.75
         """
         low, high = code_ends(grid)
-        fmt = grid.format
+        fmt, scale = grid.format, native.as_number(grid.scale)
         if isinstance(fmt, FloatFormat):  # whose last step is this wide
             margin *= 2.0 ** (math.frexp(fmt.max_value)[1] - 1 - fmt.mantissa_bits)
-        least = torch.zeros_like(grid.scale) if relu else (low - margin) * grid.scale
-        return cls(grid, least, (high + margin) * grid.scale)
+        return cls(grid, 0.0 if relu else (low - margin) * scale, (high + margin) * scale)
 
     def mask(self, x: Tensor) -> Tensor:
         """1 where ``x`` is inside, 0 elsewhere, in ``x``'s dtype."""
-        return (self._spread(x, self.low) < x).logical_and_(x < self._spread(x, self.high)).to(x.dtype)
+        return (x > self._spread(x, self.low)).logical_and_(x < self._spread(x, self.high)).to(x.dtype)
 
-    def _spread(self, x: Tensor, value: Tensor) -> Tensor:
+    def _spread(self, x: Tensor, value: Number) -> Number:
         """``value`` ready to broadcast to ``x``."""
-        if value.ndim == 0 or value.numel() == 1:
+        if not isinstance(value, Tensor) or value.numel() == 1:
             return value
         grid = Grid(self.grid.format, value, None, self.grid.axis, self.grid.group_size)
         blocks, spread, _ = kernels.broadcast(x, grid)
@@ -80,14 +80,14 @@ class Clipping:
         return groups.sum(-1).movedim(-1, axis)
 
 
-def code_ends(grid: Grid) -> tuple[Tensor, Tensor]:
-    """The least and the greatest code counted from the zero point, float32, shaped like ``grid.scale``.
+def code_ends(grid: Grid) -> tuple[Number, Number]:
+    """The least and the greatest code counted from the zero point: numbers, or tensors shaped like the zero points.
 
-    >>> low, high = code_ends(Grid(IntFormat(4), torch.tensor(1.0)))
-    >>> low, high
-    (tensor(-8.), tensor(7.))
+    >>> code_ends(Grid(IntFormat(4), torch.tensor(1.0)))
+    (-8.0, 7.0)
     """
-    fmt, zero = grid.format, torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point.float()
+    fmt = grid.format
+    zero = 0.0 if grid.zero_point is None else native.as_number(grid.zero_point)
     least, greatest = (fmt.qmin, fmt.qmax) if isinstance(fmt, IntFormat) else (-fmt.max_value, fmt.max_value)
     return least - zero, greatest - zero
 
@@ -164,7 +164,7 @@ def _on_grid(x: Tensor, grid: Grid, watch: Extremes | None) -> Tensor:
     if watch is not None:
         if (seen := native.fake_quantize_watched(x, grid, float(low), float(high))) is None:
             return kernels.fake_quantize(x, grid, watch)
-        watch.found(*seen[1:])
+        watch.pieces.append(seen[1:])
         return seen[0]
     out = native.fake_quantize(x, grid, low, high)
     return kernels.fake_quantize(x, grid) if out is None else out
@@ -240,21 +240,18 @@ class Extremes:
 
     def __init__(self, greatest_only: bool = False) -> None:
         self.greatest_only = greatest_only
-        self.pieces: list[tuple[Tensor, Tensor]] = []
+        self.pieces: list[tuple[Number, Number]] = []
 
     def __call__(self, piece: Tensor) -> None:
         """Take in a piece."""
         if self.greatest_only:
-            greatest = piece.max()
-            self.pieces.append((torch.zeros_like(greatest), greatest))
+            self.pieces.append((0.0, piece.max()))
         elif piece.numel():
             self.pieces.append(torch.aminmax(piece))
 
-    def found(self, least: float, greatest: float) -> None:
-        """Take in what somebody else found in a piece."""
-        self.pieces.append((torch.tensor(0.0 if self.greatest_only else least), torch.tensor(greatest)))
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Least and greatest of all pieces, NaN where a value was NaN."""
-        lows, highs = zip(*self.pieces)
-        return torch.stack(lows).min(), torch.stack(highs).max()
+    def ends(self) -> tuple[float, float]:
+        """Least and greatest of all pieces, NaN where a value was not a number."""
+        lows, highs = ([float(v) for v in side] for side in zip(*self.pieces))
+        if any(map(math.isnan, [*lows, *highs])):
+            return math.nan, math.nan
+        return 0.0 if self.greatest_only else min(lows), max(highs)

@@ -45,13 +45,12 @@ class _Learned(TrainingQuantizer):
 
     def _positive(self, scale: Tensor) -> Tensor:
         """A float32 scale that a grid takes: finite, positive, and a power of two where the spec asks for one."""
-        scale = scale.detach().float()
-        if not bool(torch.isfinite(scale).all()):
+        scale = scale.detach().float().clamp(_TINY, _HUGE)
+        if not bool((scale > 0).all()):  # NaN
             raise NonFiniteError(
-                f"the {self.kind} quantizer has learned a scale that is not finite: the loss has diverged; lower the "
+                f"the {self.kind} quantizer has learned a scale that is no number: the loss has diverged; lower the "
                 "learning rate of the quantizers, or clip gradients"
             )
-        scale = scale.clamp(_TINY, _HUGE)
         return power_of_two(scale, self.spec) if self.spec.scale == "po2" else scale
 
     def _raw(self, scale: Tensor) -> Tensor:
@@ -68,9 +67,8 @@ class LearnedStepQuantizer(_Learned):
     ``grad_s / s`` against ``norm(grad_w) / norm(w)`` (section 2.2), so ``grad_s / sqrt(N * qmax) / s`` is the gradient
     that the Parameter gets: a step of plain gradient descent moves the scale as the paper's does, to first order. It is
     kept within -1 .. 1: at 8 bits, or where a batch norm folded into a weight makes it small, the paper's steps are a
-    multiple of the scale itself, and training diverges. N
-    counts the elements per scale, of one sample for activations. Powers of two: the exponent is rounded, and the
-    gradient passes straight through the rounding. A zero point stays as it started.
+    multiple of the scale itself, and training diverges. N counts the elements per scale, of one sample for activations.
+    Powers of two: the exponent is rounded, and the gradient passes straight through. A zero point stays as it started.
 
     Source: Esser et al., Learned Step Size Quantization (arXiv 1902.08153), equations (1) to (3), section 2.2; straight
     through the exponent: Jain et al., Trained Quantization Thresholds (arXiv 1903.08066), section 3.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from .kernels import Extremes, StraightThrough
 from .training_quantizer import TrainingQuantizer, clipping_range
 
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-_NEGLIGIBLE = 2.0**-100  # a weight all of which is smaller is left to weight_grid
 
 
 class MovingAverageQuantizer(TrainingQuantizer):
@@ -52,19 +52,30 @@ class MovingAverageQuantizer(TrainingQuantizer):
         self.low, self.high = clipping_range(grid, symmetric=self._is_symmetric(grid))
 
     def _current(self) -> Grid:
-        return self._without_offset() or self._solve(self.low, self.high, self._grid_axis())
+        if self.low.ndim == 0 and self.low.device.type == "cpu":
+            grid = self._short(float(self.low), float(self.high))
+            if grid is not None:
+                return grid
+        return self._solve(self.low, self.high, self._grid_axis())
 
-    def _without_offset(self) -> Grid | None:
-        """What ``_solve`` finds in the commonest case, without its dozens of operations; None in others."""
+    def _short(self, low: float, high: float) -> Grid | None:
+        """What ``_solve`` finds for one float32 scale, without its dozens of operations; None where it must."""
         fmt, spec = self.format, self.spec
-        if not isinstance(fmt, IntFormat) or spec.scale != "float32" or self.low.ndim or spec.range.limit is not None:
+        if not isinstance(fmt, IntFormat) or spec.scale != "float32":
             return None
-        if not (self.subsumes_relu or (spec.symmetric and fmt.signed)):
+        from_zero = self.subsumes_relu or (spec.symmetric and fmt.signed)
+        if not from_zero and (spec.symmetric or self.non_negative or fmt != spec.format):
             return None
-        scale = max(-float(self.low), float(self.high)) / fmt.qmax
-        if not _TINY <= scale <= _HUGE:
+        exact = max(-low, high) / fmt.qmax if from_zero else (high - low) / (fmt.qmax - fmt.qmin)
+        if not _TINY <= exact <= _HUGE:
             return None
-        return Grid(fmt, torch.tensor(scale, device=self.low.device))
+        scale = np.float32(exact)
+        if from_zero:
+            return Grid(fmt, torch.tensor(scale))
+        least, greatest = fmt.qmin - round(np.float32(low) / scale), fmt.qmax - round(np.float32(high) / scale)
+        zero = min(max(round(fmt.qmin - low / float(scale)), fmt.qmin), fmt.qmax)
+        zero = min(max(zero, least), greatest) if least <= greatest else zero
+        return Grid(fmt, torch.tensor(scale), torch.tensor(zero, dtype=torch.int32))
 
     def _train(self, x: Tensor) -> Tensor:
         if self.of_weight:
@@ -76,20 +87,24 @@ class MovingAverageQuantizer(TrainingQuantizer):
         watch = Extremes(greatest_only=self.subsumes_relu) if self.training else None
         inline = watch if self.spec.granularity == "tensor" else None
         y: Tensor = StraightThrough.apply(x, grid, self._clipping(grid), inline)  # type: ignore[no-untyped-call]
-        if watch is not None:
-            self._take_in(*(watch.ends() if inline is not None else extremes(x, self.along)))
+        if inline is not None:
+            low, high = inline.ends()
+            self._take_in(torch.tensor(low, device=x.device), torch.tensor(high, device=x.device))
+        elif watch is not None:
+            self._take_in(*extremes(x, self.along))
         return y
 
     def _follow(self, weight: Tensor) -> Grid:
         """The weight's own grid; what is left behind is that of the last weight seen."""
-        if self.spec.granularity == "channel":
-            low, high = torch.aminmax(weight.movedim(self.along, 0).flatten(1), dim=1)
-            if bool((high - low > _NEGLIGIBLE).any()):
-                self.low, self.high = low.double(), high.double()
-                return self._solve(self.low, self.high, self.along)
-        rule = RangeRule(limit=self.spec.range.limit, fixed=self.spec.range.fixed)
-        grid = weight_grid(weight, self.spec.model_copy(update={"range": rule}), self.along)
-        self.low, self.high = clipping_range(grid, symmetric=self.spec.symmetric)
+        fmt, spec = self.format, self.spec
+        if spec.granularity == "channel" and spec.symmetric and spec.scale == "float32" and isinstance(fmt, IntFormat):
+            high = weight.abs().amax([d for d in range(weight.ndim) if d != self.along % weight.ndim]).double()
+            exact = high / fmt.qmax
+            if fmt.signed and bool(((exact >= _TINY) & (exact <= _HUGE)).all()):  # no channel is dead
+                self.low, self.high = -high, high
+                return Grid(fmt, exact.float(), None, self.along)
+        grid = weight_grid(weight, spec.model_copy(update={"range": RangeRule()}), self.along)
+        self.low, self.high = clipping_range(grid, symmetric=spec.symmetric)
         return grid
 
     @torch.no_grad()

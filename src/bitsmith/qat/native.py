@@ -35,9 +35,24 @@ _SIGNATURES = {
     "learned_backward_rows": (*(_POINTER,) * 4, _COUNT, _COUNT, _POINTER, _POINTER, _FLOAT, _POINTER, _THREADS),
 }
 _log = logging.getLogger(__name__)
+Number = Tensor | float
 
 
-def fake_quantize(x: Tensor, grid: Grid, low: Tensor, high: Tensor) -> Tensor | None:
+def as_number(value: Tensor) -> Number:
+    """A single value on the CPU as a Python number, which costs less than a tensor; others in float32.
+
+    >>> as_number(torch.tensor(3, dtype=torch.int32))
+    3.0
+    """
+    return float(value) if value.numel() == 1 and value.device.type == "cpu" else value.float()
+
+
+def _array(value: Number, scale: Tensor) -> Tensor:
+    """One number for each scale."""
+    return value.contiguous() if isinstance(value, Tensor) else torch.full_like(scale, value)
+
+
+def fake_quantize(x: Tensor, grid: Grid, low: Number, high: Number) -> Tensor | None:
     """``grid.fake_quantize`` of a dense ``x``; None where it is not for these kernels. ``low`` and ``high``: codes."""
     library = _library_for(x, grid)
     if library is None or (shape := _rows(x, grid)) is None:
@@ -48,7 +63,7 @@ def fake_quantize(x: Tensor, grid: Grid, low: Tensor, high: Tensor) -> Tensor | 
         numbers = float(grid.scale), float(low), float(high)
         library.fake_quantize(*ends, x.numel(), *numbers, _threads(x))
     else:
-        arrays = [v.contiguous() for v in (grid.scale, low, high)]
+        arrays = [_array(v, grid.scale) for v in (grid.scale, low, high)]
         library.fake_quantize_rows(*ends, *shape, *(v.data_ptr() for v in arrays), _threads(x))
     return out
 
@@ -65,7 +80,7 @@ def fake_quantize_watched(x: Tensor, grid: Grid, low: float, high: float) -> tup
 
 
 def learned_backward(
-    grad: Tensor, x: Tensor, out: Tensor, grid: Grid, low: Tensor, high: Tensor, rounding_counts: bool
+    grad: Tensor, x: Tensor, out: Tensor, grid: Grid, low: Number, high: Number, rounding_counts: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The gradient of ``x``, and for each scale the sums of what moves it and of ``grad`` where values are clipped.
 
@@ -82,9 +97,9 @@ def learned_backward(
         bounds = float(low), float(high)
         library.learned_backward(*tensors, x.numel(), *bounds, rounding, sums.data_ptr(), _threads(x))
     else:
-        low, high = low.contiguous(), high.contiguous()
-        arrays = low.data_ptr(), high.data_ptr()
-        library.learned_backward_rows(*tensors, *shape, *arrays, rounding, sums.data_ptr(), _threads(x))
+        arrays = [_array(v, grid.scale) for v in (low, high)]
+        ends = [v.data_ptr() for v in arrays]
+        library.learned_backward_rows(*tensors, *shape, *ends, rounding, sums.data_ptr(), _threads(x))
     moved, clipped = sums.float().unbind(1)
     return passed, moved.reshape(grid.scale.shape), clipped.reshape(grid.scale.shape)
 

@@ -310,10 +310,10 @@ def clipping_range(grid: Grid, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     >>> float(low), float(high)
     (-63.5, 63.5)
     """
-    least, greatest = code_ends(grid)
+    scale = grid.scale.detach().double()
+    least, greatest = (scale.new_tensor(end) if isinstance(end, float) else end for end in code_ends(grid))
     if symmetric and bool((least < 0).all()):
         least = -greatest
-    scale = grid.scale.detach().double()
     return least * scale, greatest * scale
 
 
