@@ -278,8 +278,8 @@ def _doubts(data: Data, metrics: Metrics, recorder: Recorder) -> list[str]:
         )
     if metrics.top1 is not None and scores > 1 and metrics.samples >= 50 and metrics.top1 < 150.0 / scores:
         notes.append(
-            f"the float model is right on {metrics.top1:.2f} %, which is guessing among {scores:,} classes: look at "
-            "the weights, the preparation of the images and the order of the classes"
+            f"the float model is right on {metrics.top1:.2f} %, no better than guessing among {scores:,} classes: look "
+            "at the weights, the preparation of the images and the order of the classes"
         )
     return notes
 
