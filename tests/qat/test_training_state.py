@@ -84,11 +84,15 @@ def test_resumed_after_any_step_it_is_the_same_to_the_bit(recipe: str, kind: str
     assert torch.equal(bs.convert(resumed.p)(batch(9)[0]), bs.convert(whole.p)(batch(9)[0]))
 
 
-def test_exponential_moving_average() -> None:
-    loop = Loop("int8", "lsq")
-    loop.run(range(1))
-    ema = AveragedModel(loop.p, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for step in range(1, 8):
+@pytest.mark.parametrize("kind", ["moving-average", "lsq", "lsq+"])
+@pytest.mark.parametrize("begun", [0, 1])
+def test_exponential_moving_average(kind: str, begun: int) -> None:
+    """The copy is made before or after ranges have started, and goes through all that a schedule does."""
+    loop = Loop("int8", kind)
+    loop.schedule.freeze_ranges, loop.schedule.freezes_learned = 5, True
+    loop.run(range(begun))
+    ema = AveragedModel(loop.p, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for step in range(begun, 8):
         loop.run(range(step, step + 1))
         ema.update_parameters(loop.p)
     x = batch(9)[0]

@@ -63,11 +63,19 @@ class QATGraph(nn.Module):
         self.graph = graph
         self._codegen = template.graph.graph._codegen  # knows the structure of the model's outputs
         self.template, self.signature, self.notes = template, signature, notes
-        self.has_ranges = False
+        self.ranges_found: Tensor
+        self.register_buffer("ranges_found", torch.tensor(False))
+        self._has_ranges = False  # what is known of it without asking a GPU
         self.distillation: Distillation | None = None
         self.damping, self.progress = 0.0, 1.0  # of oscillations, and how much of the training is over
         self._compared: tuple[Any, Any] | None = None  # outputs and the teacher's, of the last run in train mode
         self.bits = {name: _width(quantizer) for name, quantizer in self.named_quantizers()}
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether ranges have their start."""
+        self._has_ranges = self._has_ranges or bool(self.ranges_found)
+        return self._has_ranges
 
     @property
     def recipe(self) -> Recipe:
@@ -136,7 +144,7 @@ class QATGraph(nn.Module):
     def start_from(self, calibrated: fx.GraphModule) -> None:
         """Take the grids of a calibrated graph."""
         initialize(self.graph, calibrated)
-        self.has_ranges = True
+        self.ranges_found.fill_(True)
         if dist.is_available() and dist.is_initialized():
             for tensor in self._range_state():
                 dist.broadcast(tensor, 0)
@@ -194,14 +202,6 @@ class QATGraph(nn.Module):
             )
 
     # State
-
-    def get_extra_state(self) -> Tensor:
-        """Whether ranges were found."""
-        return torch.tensor(self.has_ranges)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take it from a state_dict."""
-        self.has_ranges = bool(state)
 
     def layers(self) -> dict[str, TrainedLayer]:
         """The layers on grids, by path."""

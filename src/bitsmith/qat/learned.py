@@ -96,14 +96,14 @@ class LearnedStepQuantizer(_Learned):
         return self.log_scale
 
     def _begin(self, grid: Grid) -> None:
-        self.start, self.zero_point = self._raw(grid.scale), grid.zero_point
+        self.start = self._raw(grid.scale)
         self.log_scale.data = torch.zeros_like(self.start)
 
     def _learned_scale(self) -> Tensor:
         return self._positive(self.start * self.log_scale.detach().exp())
 
     def _current(self) -> Grid:
-        return Grid(self.format, self._learned_scale(), self.zero_point, self._grid_axis(), self.spec.group_size)
+        return self._grid_of(self._learned_scale())
 
     def _gradient_scale(self, x: Tensor, grid: Grid) -> float:
         fmt = grid.format
@@ -159,7 +159,6 @@ class LearnedOffsetQuantizer(LearnedStepQuantizer):
             return
         assert isinstance(grid.format, IntFormat)
         zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
-        self.zero_point = None
         self.unit = self.start * (grid.format.qmax - grid.format.qmin)
         self.offset.data = -zero * grid.scale / self.unit
 
@@ -236,14 +235,13 @@ class LearnedClippingQuantizer(_Learned):
         return float(self.format.qmax - int(self.codes[2]))
 
     def _begin(self, grid: Grid) -> None:
-        self.zero_point = grid.zero_point
         self.start = self._raw(grid.scale) * self._levels()
         self.clip.data = self.start.clone()
 
     def _current(self) -> Grid:
         clip = torch.maximum(self.clip.detach(), self.start / 1024)
         scale = self._positive(clip / self._levels())
-        return Grid(self.format, scale, self.zero_point, self._grid_axis(), self.spec.group_size)
+        return self._grid_of(scale)
 
     def _per_size(self, x: Tensor, grid: Grid) -> Tensor:
         return 1.0 / (grid.scale * self._levels())

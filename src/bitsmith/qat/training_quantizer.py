@@ -46,6 +46,9 @@ class TrainingQuantizer(Quantizer):
         self.along = spec.axis if spec.axis is not None else default if given is None else given
         if non_negative and spec.auto_unsigned and isinstance(spec.format, IntFormat):
             self.format = IntFormat(spec.format.bits, signed=False)
+        shape = () if spec.granularity == "tensor" else (0,)
+        self.scale = torch.ones(shape)  # once frozen; always there, so that copies have the same buffers
+        self.zero_point = torch.zeros(shape, dtype=torch.int32)
         self.register_buffer("frozen", torch.tensor(False))
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("codes", torch.zeros(3, dtype=torch.int64))
@@ -70,9 +73,16 @@ class TrainingQuantizer(Quantizer):
             if bits != wanted:
                 self._set_width(wanted)
                 grid = self._solve(low, high, grid.axis)
-        self._begin(grid)
         self.started.fill_(True)
-        if self.frozen:
+        self._begin_again(grid)
+
+    def _begin_again(self, grid: Grid) -> None:
+        """Start from a grid of ``self.format``; what is frozen is so again."""
+        frozen = bool(self.frozen)
+        self.frozen.fill_(False)
+        self._keep(grid)
+        self._begin(grid)
+        if frozen:
             self.freeze()
 
     def _start_from(self, x: Tensor) -> bool:
@@ -113,9 +123,20 @@ class TrainingQuantizer(Quantizer):
         """The grid that ``forward`` quantizes to in eval mode; None before there is one."""
         if not self.started:
             return None
-        if self.scale is not None:
-            return Grid(self.format, self.scale, self.zero_point, self._grid_axis(), self.spec.group_size)
+        self._follow_codes()
+        if self.frozen:
+            return self._grid_of(self.scale)  # type: ignore[arg-type]
         return self._current()
+
+    def _grid_of(self, scale: Tensor) -> Grid:
+        """The grid of a scale, and of the zero point that is kept."""
+        zero_point = self.zero_point if self._has_zero_point else None
+        return Grid(self.format, scale, zero_point, self._grid_axis(), self.spec.group_size)
+
+    def _keep(self, grid: Grid) -> None:
+        zero = grid.zero_point
+        self.scale = grid.scale.detach().clone()
+        self.zero_point = torch.zeros_like(grid.scale, dtype=torch.int32) if zero is None else zero
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, with gradients to ``x`` and to what is learned."""
@@ -140,15 +161,13 @@ class TrainingQuantizer(Quantizer):
     def freeze(self) -> None:
         """Fix the grid as it is now; before there is one, as it will start."""
         if self.started:
-            grid = self.require_grid()
-            self.scale, self.zero_point = grid.scale.detach().clone(), grid.zero_point
+            self._keep(self.require_grid())
         self.frozen.fill_(True)
 
     def unfreeze(self) -> None:
         """Let the grid follow training again, from where it is."""
         grid = self.grid
         self.frozen.fill_(False)
-        self.scale = None
         if grid is not None:
             self._begin(grid)
 
@@ -165,11 +184,7 @@ class TrainingQuantizer(Quantizer):
         self._set_width(bits)
         if grid is None or ends is None:
             return
-        frozen = bool(self.frozen)
-        self.scale = None
-        self._begin(self._solve(*ends, grid.axis))
-        if frozen:
-            self.freeze()
+        self._begin_again(self._solve(*ends, grid.axis))
 
     def synchronize(self) -> None:
         """Average what this quantizer watches over all processes, where ``torch.distributed`` is initialized."""
@@ -210,6 +225,25 @@ class TrainingQuantizer(Quantizer):
     def _note_format(self, zero: int) -> None:
         if isinstance(self.format, IntFormat):
             self.codes.copy_(torch.tensor([self.format.qmin, self.format.qmax, zero]))
+        self._take_codes()
+
+    def _follow_codes(self) -> None:
+        """Take the format from the buffer where somebody wrote to it, as averages of models do."""
+        if self.codes._version != self._seen_codes:
+            self._take_codes()
+
+    def _take_codes(self) -> None:
+        least, greatest, zero = self.codes.tolist()
+        if isinstance(self.format, IntFormat) and (least, greatest) != (self.format.qmin, self.format.qmax):
+            signed = least < 0
+            bits = greatest.bit_length() + int(signed)
+            self.format = IntFormat(bits, signed=signed, narrow=least != (-(1 << (bits - 1)) if signed else 0))
+            self._follow_format()
+        symmetric = self.spec.symmetric or (
+            self.non_negative and isinstance(self.format, IntFormat) and not self.format.signed
+        )
+        self._has_zero_point = isinstance(self.format, IntFormat) and (not symmetric or bool(zero))
+        self._seen_codes = self.codes._version
 
     def _set_width(self, bits: int) -> None:
         assert isinstance(self.format, IntFormat)
@@ -273,9 +307,6 @@ class TrainingQuantizer(Quantizer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take shapes and format from the state too: it may come from a module that has started, or not."""
-        for name in ("scale", "zero_point"):
-            if f"{prefix}{name}" not in state_dict:
-                setattr(self, name, None)
         for name, own in [*self._parameters.items(), *self._buffers.items()]:
             value = state_dict.get(f"{prefix}{name}")
             if value is None or (own is not None and own.shape == value.shape):
@@ -286,12 +317,7 @@ class TrainingQuantizer(Quantizer):
             else:
                 self._buffers[name] = torch.empty_like(value, device=device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if isinstance(self.format, IntFormat):
-            least, greatest, _ = self.codes.tolist()
-            signed = least < 0
-            bits = greatest.bit_length() + int(signed)
-            self.format = IntFormat(bits, signed=signed, narrow=least != (-(1 << (bits - 1)) if signed else 0))
-            self._follow_format()
+        self._take_codes()
 
     def extra_repr(self) -> str:
         """Kind, format and grid in one line."""
