@@ -1,7 +1,7 @@
 """Write the pages that come from the code and from measurements: ``make docs``, before the site is built.
 
 ``reference.md`` from docstrings, ``recipes.md``, a page per target in ``targets/``, ``compare.md`` from
-``benchmarks/RESULTS.md``.
+``benchmarks/RESULTS.md``; and the tables inside ``evaluate.md``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import bitsmith
 from bitsmith.capture.ops import _OPS
 from bitsmith.recipe import BY_EFFORT, NAMED, TI, Recipe
 from bitsmith.targets import Target, list_targets
+from docs.options import PAGE, written
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "RESULTS.md"
@@ -153,6 +154,7 @@ def comparison() -> list[str]:
 
 def main() -> None:
     """Write the pages."""
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     reference = ["# Reference", "", "Written by `make docs` from the code.", "", *api(), *operators()]
     pages = {"reference.md": reference, "recipes.md": recipes(), "compare.md": comparison()}
     pages |= {f"targets/{target.name}.md": target_page(target) for target in list_targets()}

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from bitsmith.grid.spec import RANGE_RULES
+from bitsmith.options import RECIPE_OPTIONS
 from bitsmith.ranges.rules import RULES
 from bitsmith.recipe import Recipe
+from docs.options import PAGE, written
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("reference.md", "recipes.md", "compare.md")
@@ -44,6 +46,7 @@ PRINTED = {
     ],
     "extending.md": ["[('1', 8), ('2', 8)]"],
     "from-torch-ao.md": ["the largest difference is 0"],
+    "evaluate.md": ["['fold_batch_norm', 'gptq', 'reestimate_batch_norm']"],
     "guide.md": ["100% of the multiply-accumulates", "[4, 8]"],
     "max78000.md": ["[]\n"],
 }
@@ -77,6 +80,13 @@ def test_code_blocks(page, tmp_path, monkeypatch, capsys) -> None:
     printed = capsys.readouterr().out
     for expected in PRINTED.get(page.name, ()):
         assert expected in printed
+
+
+def test_the_table_of_options_is_that_of_the_command_line() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == written(page), "docs/evaluate.md lags behind the options: run python -m docs.build"
+    for name in RECIPE_OPTIONS:
+        assert f"`--{name}`" in page
 
 
 def test_the_site_builds_and_asks_no_other_host(tmp_path) -> None:

@@ -89,7 +89,7 @@ def evaluate(
     changes: RecipeChanges,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", "--export-dir", rich_help_panel="Files",
+        typer.Option("--output", "-o", "--export-dir", metavar="DIR", rich_help_panel="Files",
                      help="Also write what 'bitsmith quantize' writes"),
     ] = None,
     export_onnx_qcdq: Annotated[
