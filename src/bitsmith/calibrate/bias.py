@@ -30,34 +30,39 @@ def set_bias_grid(layer: QuantLayer, node: fx.Node | None, unit: int = 1) -> Non
 
 
 def _raise_tiny_scales(layer: QuantLayer, inputs: Grid) -> None:
-    """Widen the weight scale of channels so small that their bias would not fit its integers.
+    """Widen the weight scale of channels so small that their bias would not fit its integers."""
+    assert layer.weight_quantizer is not None
+    assert layer.bias_quantizer is not None
+    weights, grid = layer.weight_quantizer.require_grid(), layer.bias_quantizer.require_grid()
+    if layer.bias is None or not isinstance(grid.format, IntFormat):
+        return
+    po2 = layer.weight_quantizer.spec.scale == "po2"
+    scale = fitting_scale(weights.scale, layer.bias, inputs.scale, grid.format.bits, power_of_two=po2)
+    if scale is not None:
+        layer.weight_quantizer.set_grid(dataclasses.replace(weights, scale=scale))
+        layer.bias_quantizer.set_grid(dataclasses.replace(grid, scale=inputs.scale * _per_output(scale, layer)))
+
+
+def fitting_scale(weights: Tensor, bias: Tensor, inputs: Tensor, bits: int, *, power_of_two: bool) -> Tensor | None:
+    """Weight scales at which ``bias`` fits integers of ``bits`` bits in steps of ``s_x * s_w``; None where it does.
 
     Nearly dead channels have weights of 1e-20 and a bias of ordinary size. Their weights vanish on the wider grid,
     which changes their output by less than one step of the accumulator.
     """
-    assert layer.weight_quantizer is not None
-    assert layer.bias_quantizer is not None
-    bias, weights, grid = (
-        layer.bias,
-        layer.weight_quantizer.require_grid(),
-        layer.bias_quantizer.require_grid(),
-    )
-    fmt = grid.format
-    if bias is None or not isinstance(fmt, IntFormat):
-        return
-    limit = float(2 ** (min(fmt.bits, 32) - 2))
-    needed = (bias.detach().abs().double() / limit / inputs.scale.double()).float()
-    if not weights.scale.ndim:
+    needed = (bias.detach().abs().double() / bias_limit(bits) / inputs.double()).float()
+    if not weights.ndim:
         needed = needed.max()
-    elif needed.numel() != weights.scale.numel():
-        needed = needed.view(-1, weights.scale.numel()).amax(0)
-    if not bool((needed > weights.scale).any()):
-        return
-    scale = torch.maximum(weights.scale, needed)
-    if layer.weight_quantizer.spec.scale == "po2":
-        scale = torch.where(needed > weights.scale, torch.exp2(torch.ceil(torch.log2(scale))), scale)
-    layer.weight_quantizer.set_grid(dataclasses.replace(weights, scale=scale))
-    layer.bias_quantizer.set_grid(dataclasses.replace(grid, scale=inputs.scale * _per_output(scale, layer)))
+    elif needed.numel() != weights.numel():
+        needed = needed.view(-1, weights.numel()).amax(0)
+    if not bool((needed > weights).any()):
+        return None
+    scale = torch.maximum(weights, needed)
+    return torch.where(needed > weights, torch.exp2(torch.ceil(torch.log2(scale))), scale) if power_of_two else scale
+
+
+def bias_limit(bits: int) -> float:
+    """The largest code that a bias of ``bits`` bits is given."""
+    return float(2 ** (min(bits, 32) - 2))
 
 
 def _per_output(scale: Tensor, layer: QuantLayer) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..calibrate.bias import bias_limit, fitting_scale
 from ..grid import Grid, IntFormat, fake_quantize
 from .oscillation import OscillationTracker, codes, damping_loss
 from .quantizers import TrainingQuantizer
@@ -85,6 +87,8 @@ class TrainedLayer(_Freezable):
         if self.is_normalizing:
             return self._normalize(self._run(x, self._unfolded_weight(), getattr(self.layer, "bias", None)))
         weight, bias = self.folded(exact=not self.training)
+        if not self.training and (wide := self._grid_for(bias)) is not None:
+            return self._run(x, fake_quantize(weight, wide), self._quantized_bias(bias))
         return self._run(x, self.quantized(weight), self._quantized_bias(bias))
 
     def quantized(self, weight: Tensor) -> Tensor:
@@ -126,7 +130,18 @@ class TrainedLayer(_Freezable):
 
     def _quantized_bias(self, bias: Tensor | None) -> Tensor | None:
         grid = None if bias is None else self.bias_grid()
-        return bias if bias is None or grid is None else fake_quantize(bias, grid)
+        if bias is None or grid is None or self.bias_bits is None:
+            return bias
+        scale = torch.maximum(grid.scale, bias.detach().abs() / bias_limit(self.bias_bits))  # see _grid_for
+        return fake_quantize(bias, replace(grid, scale=scale, axis=0))
+
+    def _grid_for(self, bias: Tensor | None) -> Grid | None:
+        """The weight's grid where the file will have a wider one, for a bias that would not fit its integers."""
+        if bias is None or self.bias_bits is None or self.weight_quantizer is None or self.bias_grid() is None:
+            return None
+        grid, po2 = self.weight_quantizer.require_grid(), self.weight_quantizer.spec.scale == "po2"
+        scale = fitting_scale(grid.scale, bias, self.inputs[0].require_grid().scale, self.bias_bits, power_of_two=po2)
+        return None if scale is None else replace(grid, scale=scale)
 
     def _factor(self, dtype: torch.dtype) -> Tensor:
         """gamma / sqrt(running_var + eps), per output channel."""
