@@ -34,9 +34,10 @@ def observe_ahead(walk: Walk) -> dict[int, Any]:
     They are merged with those of the leading chunks, which the result does not depend on; rules that are tried on
     values (``auto``) need the walk's order, and then nothing is done ahead.
     """
-    statistics = {id(stage): empty_statistic(stage, walk.log.samples) for stage in walk.stages if stage.observes}
     rest = range(walk.quantized_chunks, len(walk.chunks))
-    if not rest or any(isinstance(statistic, AutoStatistic) for statistic in statistics.values()):
+    started = {id(stage): walk.start_statistic(stage) for stage in walk.stages} if rest else {}
+    statistics = {stage: statistic for stage, statistic in started.items() if statistic is not None}
+    if not statistics or any(isinstance(statistic, AutoStatistic) for statistic in statistics.values()):
         return {}
     last = {source.name: stage for stage in walk.stages for source in stage.inputs}
     for chunk in rest:
@@ -45,7 +46,7 @@ def observe_ahead(walk: Walk) -> dict[int, Any]:
         walk.load_inputs(chunk)
         for stage in walk.stages:
             value = walk.execute("float", stage, chunk)
-            if stage.observes:
+            if id(stage) in statistics:
                 walk.observe(statistics[id(stage)], value, stage, chunk)
             walk.store.put(("float", stage.end.name, chunk), value)
             for source in stage.inputs:

@@ -26,7 +26,8 @@ class _StreamedWalk(Walk):
 
     watchers: dict[int, WatchingQuantizer]
 
-    def _start_statistic(self, stage: Stage) -> Any:
+    def start_statistic(self, stage: Stage) -> Any:
+        """Nothing: the watchers have seen it."""
         return None
 
     def _solve(self, quantizer: Quantizer, stage: Stage) -> Grid:
