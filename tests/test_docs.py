@@ -1,8 +1,8 @@
 """Every code block of README and docs runs, page by page and in order, or says that it is illustrative.
 
-``python`` blocks run and ``yaml`` blocks must be recipes; ``console`` and ``text`` blocks show what is typed and
-printed. A comment ``<!-- setup`` ... ``-->`` in a page is Python that runs before its blocks; ``<!-- illustrative -->``
-before a block leaves it out. The site is built with warnings as errors, and may ask no other host for anything.
+``python`` blocks run and ``yaml`` blocks must be recipes or sweeps; ``console`` and ``text`` blocks show what is typed
+and printed. A comment ``<!-- setup`` ... ``-->`` in a page is Python that runs before its blocks; ``<!-- illustrative
+-->`` before a block leaves it out. The site is built with warnings as errors, and may ask no other host for anything.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bitsmith.grid.spec import RANGE_RULES
 from bitsmith.options import RECIPE_OPTIONS
 from bitsmith.ranges.rules import RULES
 from bitsmith.recipe import Recipe
+from bitsmith.sweep import Sweep
 from docs.options import PAGE, written
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +73,8 @@ def test_code_blocks(page, tmp_path, monkeypatch, capsys) -> None:
                 continue
             assert language in ("python", "yaml"), f"{page.name}: a block of {language or 'no language'}: mark it"
             if language == "yaml":
-                Recipe.from_yaml(code)
+                kind = Sweep if code.startswith("models:") else Recipe
+                kind.model_validate(yaml.safe_load(code))
             else:
                 exec(compile(code, page.name, "exec"), namespace)
     for name in set(RULES) - rules:  # that the page registered

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from bitsmith.errors import DataError, RecipeError
-from bitsmith.sweep import Store, Sweep, export_rows, load_sweep, run_sweep
+from bitsmith.sweep import LocalEngine, Store, Sweep, best_rows, export_rows, load_sweep, run_sweep, write_sweep_page
 from bitsmith.sweep.grid import Configuration, Constraint
-from bitsmith.sweep.local import LocalEngine
 
 DIGITS = {
     "model": "bitsmith.demo:digits_net",
@@ -160,6 +159,36 @@ def test_tables_leave_as_csv_and_parquet(tmp_path: Path) -> None:
     assert parquet.read_table(tmp_path / "t.parquet").to_pylist()[1] == {"key": "b", "top1": None, "option.bias": "3"}
 
 
+def test_the_best_are_told_apart_by_what_hardware_must_have() -> None:
+    row = {"status": "done", "weight_bits": 8, "activation_bits": 8, "format": "int", "seed": 0, "sqnr_db": 30.0}
+    rows = [
+        {**row, "key": "a", "top1": 90.0, "recipe": "a"},
+        {**row, "key": "b", "top1": 90.0, "recipe": "b", "sqnr_db": 31.0},
+        {**row, "key": "c", "top1": 99.0, "recipe": "c", "format": "float"},
+        {**row, "key": "d", "top1": 99.0, "recipe": "d", "status": "failed"},
+        *(
+            {**row, "key": f"e{seed}", "top1": 80.0 + seed, "recipe": "e", "seed": seed, "weight_bits": 4}
+            for seed in (0, 1)
+        ),
+    ]
+    best = best_rows(rows)
+    assert [(row["key"], row.get("mean"), row["runs"]) for row in best] == [
+        ("e1", 80.5, 2),
+        ("b", None, 1),
+        ("c", None, 1),
+    ]
+
+
+def test_the_page_has_all_rows_and_refuses_costs_that_are_none(tmp_path: Path) -> None:
+    run_sweep(Sweep.model_validate(GRID), tmp_path, InstantEngine())
+    rows = Store(tmp_path).rows()
+    page = write_sweep_page(rows, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(row["key"][:8] in page for row in rows)
+    assert "W8A4" in page
+    with pytest.raises(DataError, match="weight_bits"):
+        write_sweep_page(rows, tmp_path / "report.html", cost="colour")
+
+
 def test_files_that_say_nothing_are_refused_by_field(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("models: []\ngrdi: {}\n")
@@ -173,25 +202,30 @@ def test_ray_gives_the_same_rows_though_a_worker_is_killed(tmp_path: Path) -> No
     from bitsmith.sweep.ray_engine import RayEngine
 
     class Killing(RayEngine):
-        waits = 0
+        """Kills, once two workers are at it, one that computes."""
+
+        killed: int | None = None
 
         def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
             finished = super().wait(seconds)
-            if finished and not self.waits:
-                self.waits = 1
-                workers = subprocess.run(["pgrep", "-f", "^ray::_run"], capture_output=True, text=True, check=False)
-                own = [int(pid) for pid in workers.stdout.split() if _descends(int(pid), os.getpid())]
-                if own:
-                    os.kill(own[0], signal.SIGKILL)
-                    self.waits = 2
+            if finished and self.killed is None and (at_work := _ray_workers("ray::_run")):
+                assert len(_ray_workers("ray::")) >= 2
+                self.killed = at_work[0]
+                os.kill(self.killed, signal.SIGKILL)
             return finished
 
-    sweep = Sweep.model_validate(GRID)
-    assert run_sweep(sweep, tmp_path / "local", LocalEngine(2)) == {"done": 4}
+    sweep = Sweep.model_validate({**GRID, "grid": {**GRID["grid"], "gptq": [False, True]}})  # type: ignore[dict-item]
+    assert run_sweep(sweep, tmp_path / "local", LocalEngine(2)) == {"done": 8}
     engine = Killing(2)
-    assert run_sweep(sweep, tmp_path / "ray", engine) == {"done": 4}
-    assert engine.waits == 2
+    assert run_sweep(sweep, tmp_path / "ray", engine) == {"done": 8}
+    assert engine.killed is not None
     assert _results(tmp_path / "local") == _results(tmp_path / "ray")
+
+
+def _ray_workers(title: str) -> list[int]:
+    """Our processes of that title: workers that run a task are called after it."""
+    found = subprocess.run(["pgrep", "-f", f"^{title}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split() if _descends(int(pid), os.getpid())]
 
 
 def _descends(pid: int, ancestor: int) -> bool:

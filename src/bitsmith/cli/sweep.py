@@ -31,6 +31,7 @@ def run(
     address: Annotated[str | None, typer.Option(help="Ray: the cluster's address [default: a local one]")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="One thread each [default: the cores]")] = None,
     gpus: Annotated[float, typer.Option(min=0.0, help="Ray: GPUs of each worker, fractions too")] = 0.0,
+    device: Annotated[str, typer.Option(help="Local: where all workers compute, such as cuda:0")] = "cpu",
     retries: Annotated[int, typer.Option(min=0, help="How often to try again when a worker dies")] = 2,
     retry_failed: Annotated[bool, typer.Option(help="Run rows again that failed before")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress")] = False,
@@ -40,12 +41,19 @@ def run(
 
     if engine == "local" and (address is not None or gpus):
         raise typer.BadParameter("--address and --gpus go with --engine ray")
+    if engine == "ray" and device != "cpu":
+        raise typer.BadParameter("--device goes with --engine local: give --gpus, and Ray assigns the devices")
     read = load_sweep(grid)
     counts = run_sweep(
-        read, output, _engine(engine, workers or os.cpu_count() or 1, address, gpus, retries),
+        read, output, _engine(engine, workers or os.cpu_count() or 1, address, gpus, retries, device),
         retry_failed=retry_failed, watch=_progress(quiet),
     )  # fmt: skip
     print(_line(counts))
+    if counts.get("failed"):
+        print(
+            f"note: 'bitsmith sweep show {output}' says why rows failed; --retry-failed runs them again",
+            file=sys.stderr,
+        )
 
 
 @sweep.command()
@@ -63,7 +71,11 @@ def show(
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(_table(store.rows()[-console.height + 8 :], store.counts()), refresh=True)
+            rows = store.rows()
+            begun = [
+                row for row in rows if row["status"] not in ("pending", "skipped")
+            ]  # the news, where all is too much
+            live.update(_table((begun or rows)[-max(console.height - 8, 1) :], store.counts()), refresh=True)
             if not store.counts().keys() & {"pending", "running"}:
                 return
             time.sleep(1.0)
@@ -96,14 +108,30 @@ def export(
     export_rows(Store(folder, create=False).rows(), output)
 
 
-def _engine(name: str, workers: int, address: str | None, gpus: float, retries: int) -> Engine:
+@sweep.command()
+def report(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page [default: DIR/report.html]")] = None,
+    cost: Annotated[
+        str,
+        typer.Option(help="What accuracy is plotted against: bits (of a product), bytes, seconds or another column"),
+    ] = "bits",
+) -> None:
+    """Write a page with accuracy against bits, and all rows."""
+    from ..sweep import Store
+    from ..sweep.view import write_sweep_page
+
+    print(write_sweep_page(Store(folder, create=False).rows(), output or folder / "report.html", cost=cost))
+
+
+def _engine(name: str, workers: int, address: str | None, gpus: float, retries: int, device: str) -> Engine:
     if name == "ray":
         from ..sweep.ray_engine import RayEngine
 
         return RayEngine(workers, address, gpus, retries)
     from ..sweep.local import LocalEngine
 
-    return LocalEngine(workers, retries)
+    return LocalEngine(workers, retries, device)
 
 
 def _progress(quiet: bool) -> Any:
@@ -128,34 +156,15 @@ def _line(counts: dict[str, int]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in sorted(counts))
 
 
-_COLUMNS = {
-    "model": "model", "target": "target", "placement": "placement", "weight_bits": "w", "activation_bits": "a",
-    "per_channel": "per channel", "power_of_two": "po2", "seed": "seed", "status": "status", "float_top1": "float",
-    "top1": "top-1", "mean": "mean", "sqnr_db": "SQNR dB", "bytes": "bytes", "short": "key",
-}  # fmt: skip
-
-
 def _table(rows: list[dict[str, Any]], counts: dict[str, int] | None = None) -> Table:
-    """Rows with the columns that differ or measure something; the options that differ as one column."""
-    rows = [{**row, "short": row["key"][:8]} for row in rows]
-    shown = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
-    fixed = {"target", "placement", "seed", "model"}
-    shown = [name for name in shown if name not in fixed or len({str(row.get(name)) for row in rows}) > 1]
-    table = Table(*(_COLUMNS[name] for name in shown), "options or reason", caption=_line(counts) if counts else None)
-    options = {name: 0 for row in rows for name in row if name.startswith("option.")}.keys() - _IN_COLUMNS
-    differing = [name for name in sorted(options) if len({str(row.get(name)) for row in rows}) > 1]
-    for row in rows:
-        said = row.get("reason") or ", ".join(
-            f"{name.removeprefix('option.')} {row[name]}" for name in differing if row.get(name) is not None
-        )
-        table.add_row(*(_cell(row.get(name)) for name in shown), str(said).replace("[", "\\["))
+    """Rows as a table for terminals."""
+    from ..sweep.view import view
+
+    seen = view(rows)
+    table = Table(*(seen[0] if seen else ["no rows"]), caption=_line(counts) if counts else None)
+    for row in seen:
+        table.add_row(*(_cell(value) for value in row.values()))
     return table
-
-
-_IN_COLUMNS = {
-    f"option.{name}"
-    for name in ("weight-bit-width", "act-bit-width", "weight-quant-granularity", "scale-factor-type", "target-backend")
-}
 
 
 def _cell(value: Any) -> str:
@@ -163,4 +172,4 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value).replace("[", "\\[")

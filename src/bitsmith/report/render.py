@@ -186,6 +186,8 @@ def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
 def result_view(result: JobResult, *, layers: bool = False) -> RenderableType:
     """The end of a job: weakest layers (or all), summary, certificate, notes, and where the files are."""
     parts: list[RenderableType] = [layer_table(result.report, only_weakest=not layers), Text("")]
+    if result.sensitivity is not None:
+        parts += [sensitivity_view(result.sensitivity), Text("")]
     parts.append(summary_table(result))
     parts.append(Text(coverage_line(result.report)))
     if result.certificate is not None:

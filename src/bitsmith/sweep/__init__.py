@@ -2,7 +2,9 @@
 
 from .best import best_rows
 from .grid import Sweep, load_sweep
+from .local import LocalEngine
 from .run import run_sweep
 from .store import Store, export_rows
+from .view import write_sweep_page
 
-__all__ = ["Store", "Sweep", "best_rows", "export_rows", "load_sweep", "run_sweep"]
+__all__ = ["LocalEngine", "Store", "Sweep", "best_rows", "export_rows", "load_sweep", "run_sweep", "write_sweep_page"]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-CLASS = ("model", "target", "placement", "per_channel", "power_of_two", "weight_bits", "activation_bits")
+CLASS = ("model", "target", "placement", "format", "per_channel", "power_of_two", "weight_bits", "activation_bits")
 
 
 def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the rows that need the same of the hardware, the one with the highest accuracy, over seeds the mean.
 
-    Accuracy is top-1, else the outputs' signal-to-noise ratio. ``mean`` and ``runs`` are added to the row.
+    Accuracy is top-1, else the outputs' signal-to-noise ratio, which also decides between equals. ``runs`` is added to
+    the row, and, where there are several, their ``mean``.
 
     >>> row = dict.fromkeys(CLASS, 8) | {"status": "done", "sqnr_db": None}
     >>> best = best_rows([{**row, "key": k, "seed": 0, "top1": t} for k, t in (("a", 90.0), ("b", 91.0))])
-    >>> [(row["key"], row["mean"]) for row in best]
-    [('b', 91.0)]
+    >>> [(row["key"], row["runs"]) for row in best]
+    [('b', 1)]
     """
     groups: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -29,8 +30,9 @@ def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     best = []
     for configurations in groups.values():
         runs = max(configurations.values(), key=_mean)
+        mean = {"mean": round(_mean(runs)[0], 3)} if len(runs) > 1 else {}
         first: dict[str, Any] = max(runs, key=_order)
-        best.append({**first, "mean": round(_mean(runs), 3), "runs": len(runs)})
+        best.append({**first, **mean, "runs": len(runs)})
     return sorted(best, key=lambda row: tuple(str(row.get(name)).rjust(8) for name in CLASS))
 
 
@@ -39,9 +41,9 @@ def _score(row: dict[str, Any]) -> float | None:
     return None if score is None else float(score)
 
 
-def _order(row: dict[str, Any]) -> float:
-    return _score(row) or 0.0
+def _order(row: dict[str, Any]) -> tuple[float, float]:
+    return _score(row) or 0.0, float(row.get("sqnr_db") or 0.0)
 
 
-def _mean(runs: list[dict[str, Any]]) -> float:
-    return sum(map(_order, runs)) / len(runs)
+def _mean(runs: list[dict[str, Any]]) -> tuple[float, ...]:
+    return tuple(sum(values) / len(runs) for values in zip(*map(_order, runs)))

@@ -33,10 +33,14 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """``workers`` processes; one that dies is replaced, and what it did is tried ``retries`` times more."""
+    """``workers`` processes that compute on ``device``.
 
-    def __init__(self, workers: int, retries: int = 2) -> None:
+    One that dies is replaced, and what it did is tried ``retries`` times more.
+    """
+
+    def __init__(self, workers: int, retries: int = 2, device: str = "cpu") -> None:
         self.slots = workers
+        self._device = device
         self._retries = retries
         self._context = _context()
         self._idle: list[tuple[BaseProcess, Connection]] = []
@@ -46,7 +50,7 @@ class LocalEngine:
         """Hand ``work`` to a worker, the last one that was idle first."""
         process, pipe = self._idle.pop() if self._idle else self._start()
         with suppress(OSError):  # it died meanwhile: wait() notices
-            pipe.send(work)
+            pipe.send({**work, "device": self._device})
         self._busy[pipe] = (process, key, work, attempt)
 
     def wait(self, seconds: float) -> list[tuple[str, Outcome]]:

@@ -10,7 +10,10 @@ from .local import Outcome
 
 
 class RayEngine:
-    """``workers`` tasks at a time, each with one thread and ``gpus`` of a GPU; those whose worker dies are retried."""
+    """``workers`` tasks at a time, each with one thread and ``gpus`` of a GPU, on which it then computes.
+
+    A task whose worker dies is tried ``retries`` times more.
+    """
 
     def __init__(self, workers: int, address: str | None = None, gpus: float = 0.0, retries: int = 2) -> None:
         try:
@@ -20,6 +23,7 @@ class RayEngine:
         self._ray = ray
         self.slots = workers
         self._running: dict[Any, str] = {}
+        self._device = "cuda" if gpus else "cpu"
         self._ours = not ray.is_initialized()
         if self._ours:
             where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "address": "local"}
@@ -36,7 +40,7 @@ class RayEngine:
 
     def submit(self, key: str, work: dict[str, Any]) -> None:
         """Start a task; paths in ``work`` are relative to this folder."""
-        self._running[self._task.remote(work, os.getcwd())] = key
+        self._running[self._task.remote({**work, "device": self._device}, os.getcwd())] = key
 
     def wait(self, seconds: float) -> list[tuple[str, Outcome]]:
         """What has finished; a task whose workers all died is a failure."""

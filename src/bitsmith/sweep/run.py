@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from .grid import Sweep
-from .local import Engine
+from .local import Engine, LocalEngine
 from .store import Store, export_rows
 
 CSV_FILE = "sweep.csv"
@@ -15,14 +17,19 @@ Watch = Callable[[dict[str, int]], None]
 
 
 def run_sweep(
-    sweep: Sweep, folder: str | Path, engine: Engine, *, retry_failed: bool = False, watch: Watch = lambda _: None
-) -> dict[str, int]:
+    sweep: Sweep, folder: str | Path, engine: Engine | None = None, *, retry_failed: bool = False,
+    watch: Watch = lambda _: None,
+) -> dict[str, int]:  # fmt: skip
     """Run what is not finished yet; returns how many rows have which status.
+
+    ``engine`` is a ``LocalEngine`` with a worker for each core, if None is given. Scripts that call this need
+    ``if __name__ == "__main__":``, since workers import them.
 
     Killed at any moment, it goes on when it is run again. On an exception, Ctrl-C included, running rows are given
     back and what is finished stays. ``watch`` is told the counts whenever they change.
     """
     store = Store(folder)
+    engine = engine or LocalEngine(os.cpu_count() or 1)
     running = 0
     try:
         store.register(sweep.configurations(), retry_failed=retry_failed)
@@ -50,7 +57,5 @@ def run_sweep(
 def _wait(engine: Engine, running: int) -> list[tuple[str, dict[str, object]]]:
     if running:
         return engine.wait(_BEAT)
-    import time
-
     time.sleep(_BEAT)
     return []

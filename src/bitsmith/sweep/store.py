@@ -147,6 +147,7 @@ def _hardware(recipe: dict[str, Any]) -> dict[str, Any]:
         "placement": recipe["placement"],
         "weight_bits": _bits(weights),
         "activation_bits": _bits(activations),
+        "format": "float" if spec["format"]["kind"] == "float" else "int",
         "per_channel": weights is not None and weights["granularity"] != "tensor",
         "power_of_two": spec["scale"] == "po2",
     }

@@ -142,8 +142,9 @@
     draw(id, [
       trace(points.filter((p) => !p.front), { name: "others", mode: "markers", marker: { color: color("third"), size: 8, opacity: 0.7 } }),
       trace(front, {
-        name: "best", mode: isNarrow() ? "lines+markers" : "lines+markers+text", textposition: "top left", line: { color: color("accent"), shape: "hv", width: 2 },
-        marker: { color: color("accent"), size: 10 },
+        name: "best", mode: isNarrow() ? "lines+markers" : "lines+markers+text", line: { color: color("accent"), shape: "hv", width: 2 },
+        marker: { color: color("accent"), size: 10 }, cliponaxis: false,
+        textposition: front.map((_, i) => (i < front.length / 2 ? "bottom right" : "bottom left")), // within the plot
       }),
     ], { xaxis: { title: { text: cost } }, yaxis: { title: { text: value } }, hovermode: "closest" });
   }
