@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from ..capture import ForwardFunction, capture, copy_graph, evaluation_mode, read_batches
 from ..capture.inputs import Arguments
@@ -106,6 +108,8 @@ def _from_float(
                 "prepare_qat needs example_inputs: one batch, as the model takes it; or calibration batches"
             )
         example = batches[0] if example_inputs is None else read_batches(model, [example_inputs], forward)[0]
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        batches, example = tree_map_only(Tensor, lambda t: t.to(device), (batches, example))
         graph = _captured(model, example)
     recipe = with_module_recipes(recipe, model, graph)
     notes = [*graph.meta.get("notes", []), *restore_parameters(graph, model)]
@@ -120,6 +124,7 @@ def _from_float(
     training = training_graph(graph, placed.groups, unfolded, kinds, target, drops)
     channels_last(graph)
     p = QATGraph(training, Template(graph, placed, recipe, target), inspect.signature(model.forward), notes)
+    p.to(device)
     p.start_weights()
     if batches:
         p.calibrate(batches)
@@ -151,6 +156,7 @@ def _from_quantized(q: QuantizedModel, kinds: Kinds) -> QATGraph:
     training = training_graph(graph, placed.groups, {}, kinds, q.target)
     notes = ["trained from a quantized model: its batch norms are folded and do not learn"]
     p = QATGraph(training, Template(graph, placed, q.recipe, q.target), q.signature, notes)
+    p.to(next((parameter.device for parameter in q.parameters()), torch.device("cpu")))
     p.start_from(graph)
     for layer in p.layers().values():  # its weights are on their grids, which the ends of the weights would not give
         if layer.weight_quantizer is not None and layer.weight_quantizer.kind == "moving-average":
