@@ -285,9 +285,10 @@ def _sessions(net: nn.Module, x: tuple[Tensor, ...], folder: Path) -> Iterator[t
     import torch.ao.quantization as ao
 
     size = sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6
-    q = bs.quantize_dynamic(net, example_inputs=x)
-    ours = bs.export_onnx(q, folder / "ours.onnx")
-    yield "bitsmith onnxruntime", _session(ours), _megabytes(ours)
+    for label, recipe in (("bitsmith onnxruntime", "int8-dynamic"), ("bitsmith per tensor", "int8-dynamic-tensor")):
+        q = bs.quantize_dynamic(net, recipe, example_inputs=x)
+        ours = bs.export_onnx(q, folder / f"{recipe}.onnx")
+        yield label, _session(ours), _megabytes(ours)
     yield "bitsmith torch", bs.deploy(bs.quantize_dynamic(net, target="torch"), engine="torch"), _megabytes(ours)
     for label, path in onnxruntime_files(net, x, folder):
         yield label, _session(path), _megabytes(path)

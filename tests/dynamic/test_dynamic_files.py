@@ -78,7 +78,7 @@ def _inputs(make: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-dynamic-token", "fp16-dynamic"])
+@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-dynamic-tensor", "int8-dynamic-token", "fp16-dynamic"])
 @pytest.mark.parametrize(("build", "make", "kernels"), CASES.values(), ids=CASES)
 def test_files_compute_what_the_simulation_does(
     build: Any, make: Any, kernels: dict[str, int], recipe: str, tmp_path: Path
@@ -89,7 +89,7 @@ def test_files_compute_what_the_simulation_does(
     path = bs.export_onnx(q, tmp_path / "m.onnx")
     # One thread: onnxruntime's LSTM gives each thread some rows, and each a scale of its own.
     engine = open_engine(path, threads=1)
-    if recipe == "int8-dynamic":
+    if recipe in ("int8-dynamic", "int8-dynamic-tensor"):
         assert {name: engine.kernels[name] for name in kernels} == kernels
     for _ in range(3):
         x = _inputs(make)
@@ -147,7 +147,7 @@ def test_a_wrong_file_fails_its_certificate(tmp_path: Path) -> None:
     assert certificate.float_bytes == (12 * 4 + 4) * 4
 
 
-@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-dynamic-token", "fp16-dynamic"])
+@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-dynamic-tensor", "int8-dynamic-token", "fp16-dynamic"])
 @pytest.mark.parametrize(("build", "make", "kernels"), CASES.values(), ids=CASES)
 def test_torch_kernels_agree_with_the_simulation(build: Any, make: Any, kernels: dict[str, int], recipe: str) -> None:
     torch.manual_seed(0)

@@ -114,7 +114,7 @@ def test_saved_and_loaded_models_compute_the_same(recipe: str, tmp_path: Path) -
 
 
 def test_recipes_survive_yaml() -> None:
-    for name in ("int8-dynamic", "int8-dynamic-token", "fp16-dynamic"):
+    for name in ("int8-dynamic", "int8-dynamic-tensor", "int8-dynamic-token", "fp16-dynamic"):
         recipe = bs.load_recipe(name)
         assert bs.Recipe.from_yaml(recipe.to_yaml()) == recipe
 

@@ -81,9 +81,10 @@ def quantize_dynamic(
     """Weights to 8 bits now, activations at run time: no calibration data, and no graph of the model.
 
     Replaces Linear, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, MultiheadAttention, Embedding and EmbeddingBag.
-    Recipes: ``int8-dynamic`` (activations with a scale per tensor), ``int8-dynamic-token`` (a scale per token) and
-    ``fp16-dynamic`` (float16 weights, float activations), or your own with ``placement: dynamic``. ``target`` is
-    ``onnxruntime`` or ``torch``. ``overrides`` change or exclude layers by name, ``type:LSTM``, ``first`` or ``last``.
+    Recipes: ``int8-dynamic`` (activations with a scale per tensor), ``int8-dynamic-tensor`` (weights too, the fastest),
+    ``int8-dynamic-token`` (activations with a scale per token) and ``fp16-dynamic`` (float16 weights, float
+    activations), or your own with ``placement: dynamic``. ``target`` is ``onnxruntime`` or ``torch``. ``overrides``
+    change or exclude layers by name, ``type:LSTM``, ``first`` or ``last``.
     ``example_inputs``, a batch, is what files are made with; without it, it is the first call's inputs.
 
     The caller's model is not changed. Raises PlacementError where nothing would be quantized.
@@ -121,7 +122,7 @@ def _check(recipe: Recipe, target: Target) -> None:
     if recipe.placement != "dynamic":
         raise RecipeError(
             f"recipe {recipe.name!r} has static activations: use bitsmith.quantize(model, calibration, recipe), or one "
-            "of int8-dynamic, int8-dynamic-token, fp16-dynamic"
+            "of int8-dynamic, int8-dynamic-tensor, int8-dynamic-token, fp16-dynamic"
         )
     if target.engine not in _ENGINES:
         raise RecipeError(f"dynamic quantization knows the targets {' and '.join(_ENGINES)}, not {target.name!r}")

@@ -71,9 +71,11 @@ def dynamic_embedding(call: Call) -> Result:
     rows = call.emit("Cast", call.emit("Gather", codes, indices, axis=0), to=TensorProto.FLOAT)
     if scale is None:
         return rows
-    name = call.builder.initializer(f"{_name(call, 'weight')}.scale", scale, share=True)
-    if scale.ndim:
-        name = call.emit("Unsqueeze", call.emit("Gather", name, indices, axis=0), call.ints([-1]))
+    if scale.ndim:  # as a column, whose rows are looked up alike
+        name = call.builder.initializer(f"{_name(call, 'weight')}.scale", scale.unsqueeze(-1), share=True)
+        name = call.emit("Gather", name, indices, axis=0)
+    else:
+        name = call.builder.initializer(f"{_name(call, 'weight')}.scale", scale, share=True)
     return call.emit("Mul", rows, name)
 
 
