@@ -150,11 +150,17 @@ def demo_report(folder: Path) -> Path:
     return write_page(result, folder / "report.html")
 
 
+def demo_sweep(folder: Path) -> Path:
+    """The page of the sweep in examples/, which takes about a minute."""
+    from bitsmith.sweep import Store, load_sweep, run_sweep, write_sweep_page
+
+    run_sweep(load_sweep(HERE.parent / "examples" / "demo_sweep.yaml"), folder)
+    return write_sweep_page(Store(folder).rows(), folder / "report.html")
+
+
 def main() -> None:
     """Write docs/images."""
     from PIL import Image
-
-    from bitsmith.report.page import write_pareto
 
     executable = find_chromium()
     if executable is None:
@@ -167,11 +173,10 @@ def main() -> None:
             for dark in (False, True):
                 browser.open(page, width, dark=dark)
                 browser.screenshot(images / f"report-{name}-{'dark' if dark else 'light'}.png")
-        rows = [
-            {"recipe": f"w{w}a{a}", "bits": w, "top1": 99 - 60 / w**2 - 20 / a**2} for w in (2, 3, 4, 8) for a in (4, 8)
-        ]
-        browser.open(write_pareto(rows, Path(scratch, "sweep.html")), WIDTHS["desktop"])
-        browser.screenshot(images / "sweep-desktop-light.png")
+        page = demo_sweep(Path(scratch))
+        for name, width in WIDTHS.items():
+            browser.open(page, width)
+            browser.screenshot(images / f"sweep-{name}-light.png", height=1400)
         for picture in images.glob("*.png"):
             Image.open(picture).quantize(64).save(picture, optimize=True)  # a fifth of the bytes
         print(f"{len(list(images.glob('*.png')))} pictures in {images}; errors: {browser.errors or 'none'}")

@@ -127,9 +127,11 @@ def test_the_theme_can_be_switched(quiet: Browser, result: JobResult, tmp_path: 
     assert quiet.run(background) != before
 
 
-def test_a_sweep_is_drawn(quiet: Browser, tmp_path: Path) -> None:
-    quiet.open(write_pareto(ROWS, tmp_path / "sweep.html"), 390)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_sweep_is_drawn(quiet: Browser, tmp_path: Path, width: int) -> None:
+    quiet.open(write_pareto(ROWS, tmp_path / "sweep.html"), width)
     assert drawn(quiet)["plot-pareto"] >= 6
+    assert quiet.run("document.documentElement.scrollWidth") == width, "the page scrolls sideways"
     quiet.run("document.querySelectorAll('#rows thead th')[2].click()")
     last = quiet.run("[...document.querySelectorAll('#rows tbody tr')].at(-1).cells[2].textContent")
     assert last == ""  # what has no number comes last

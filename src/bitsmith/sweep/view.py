@@ -49,7 +49,7 @@ def write_sweep_page(rows: list[dict[str, Any]], path: str | Path, *, cost: str 
             f"no row has a number called {cost!r}: use bits, weight_bits, activation_bits, bytes or seconds"
         )
     value = "top1" if any(row.get("top1") is not None for row in rows) else "sqnr_db"
-    names = {"top1": "top-1", "sqnr_db": "SQNR dB", "bits": "weight bits x activation bits"}
+    names = {"top1": "top-1", "sqnr_db": "SQNR dB", "bits": "w x a bits"}
     x, y = names.get(cost, cost.replace("_", " ")), names[value]
     drawn = [
         {"configuration": _label(seen, row), **_worded(seen), x: row.get(cost), "reason": row.get("reason")}

@@ -135,6 +135,7 @@
   function drawPareto(id) {
     const { points, cost, value } = data.pareto;
     const front = points.filter((p) => p.front).sort((a, b) => a.x - b.x);
+    const middle = (Math.min(...points.map((p) => p.x)) + Math.max(...points.map((p) => p.x))) / 2;
     const trace = (list, more) => ({
       x: list.map((p) => p.x), y: list.map((p) => p.y), text: list.map((p) => p.label),
       hovertemplate: `%{text}<br>${cost} %{x}<br>${value} %{y}<extra></extra>`, ...more,
@@ -144,7 +145,7 @@
       trace(front, {
         name: "best", mode: isNarrow() ? "lines+markers" : "lines+markers+text", line: { color: color("accent"), shape: "hv", width: 2 },
         marker: { color: color("accent"), size: 10 }, cliponaxis: false,
-        textposition: front.map((_, i) => (i < front.length / 2 ? "bottom right" : "bottom left")), // within the plot
+        textposition: front.map((p) => (p.x < middle ? "bottom right" : "bottom left")), // within the plot
       }),
     ], { xaxis: { title: { text: cost } }, yaxis: { title: { text: value } }, hovermode: "closest" });
   }
