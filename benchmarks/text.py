@@ -2,6 +2,8 @@
 
     python -m benchmarks.text [--nets stories minilm] [--bits 4 3 8] [--csv FILE]
 
+The CSV file is added to, so that a table can be made in several runs.
+
 At 4 and 3 bits activations stay float. stories260K: nats per token over stories 400 to 699, weights by groups of 32
 inputs, calibrated on the first 49,152 tokens of stories 0 to 399. MiniLM: 100 x Spearman's rank correlation on STS-B's
 test pairs, weights per channel or by groups of 32, calibrated on the 256 longest first sentences of its dev pairs. The
@@ -171,23 +173,28 @@ def rows(name: str, widths: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and print, and write CSV where asked."""
+    """Measure and print, and add to a CSV file where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 8], choices=[4, 3, 8])
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    done = []
     for name in options.nets:
         for r in rows(name, options.bits):
-            done.append(r)
             print(f"{name:9}{r['bits']} bits {r['group']!s:8} {r['step']:16}{r['found']:9.4f} {r['metric']} (float "
                   f"{r['float']:.4f}), takes back {r['taken_back']:.0%}", flush=True)  # fmt: skip
-    if options.csv:
-        with options.csv.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
+            if options.csv:
+                append(options.csv, r)
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file, which begins with the names of the columns."""
+    new = not path.exists()
+    with path.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
+        if new:
             writer.writeheader()
-            writer.writerows(done)
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
