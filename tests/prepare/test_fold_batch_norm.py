@@ -145,6 +145,28 @@ def test_a_shared_layer_is_copied_for_the_call_that_takes_the_norm() -> None:
     torch.testing.assert_close(graph.get_submodule("conv").weight, model.conv.weight)
 
 
+class Levels(nn.Module):
+    """One convolution for all levels, a norm for each, as heads of detectors have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = torch.relu(norm(self.conv(x)))
+        return x
+
+
+def test_every_call_of_a_shared_layer_takes_its_own_norm() -> None:
+    model = settled(Levels())
+    x = torch.randn(IMAGE)
+    graph = capture(model, (x,))
+    assert len(set(fold_batch_norm(graph))) == 4
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_norm_on_flattened_features_folds_through_the_reshape() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:  # timm's LeViT
         y = s.linear(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import count
 from typing import Any
 
 import torch
@@ -56,11 +57,19 @@ def _own_layer(graph: fx.GraphModule, node: fx.Node) -> Any:
     layer: Any = graph.get_submodule(str(node.target))
     calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == node.target]
     if len(calls) > 1:
-        name = f"{node.target}_{calls.index(node)}"
+        taken = {name for name, _ in graph.named_modules()}
+        name = next(name for index in count() if (name := f"{node.target}_{index}") not in taken)
         layer = copy.deepcopy(layer)
         graph.add_submodule(name, layer)
         node.target = name
     return layer
+
+
+def _as_it_is(layer: nn.Module) -> nn.Module:
+    """A layer with the same Parameters, which keeps them when the other gets new ones: calls that share stay tied."""
+    twin = copy.copy(layer)
+    twin._parameters = dict(layer._parameters)
+    return twin
 
 
 def _set(layer: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
@@ -86,10 +95,11 @@ def _fold_after(graph: fx.GraphModule, node: fx.Node, norm: nn.Module, unfolded:
     source = _layer_before(node)
     if source is None:
         return None
+    as_it_was = _as_it_is(graph.get_submodule(str(source.target)))
     layer = _own_layer(graph, source)
     if unfolded is not None:
         name = str(source.target)
-        unfolded[name] = None if name in unfolded else (copy.deepcopy(layer), norm)
+        unfolded[name] = None if name in unfolded else (as_it_was, norm)
     fold_into(layer, norm)
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     graph.graph.erase_node(node)
