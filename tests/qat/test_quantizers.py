@@ -463,3 +463,34 @@ def test_grids_of_another_kind_are_refused() -> None:
             quantizer.initialize(grid)
     with pytest.raises(RecipeError, match="small float"):
         make_quantizer("lsq", TensorSpec(format=FP8_E4M3)).set_bits(4)
+
+
+def test_under_torch_distributed_frozen_parameters_get_zeros() -> None:
+    """DistributedDataParallel waits for a gradient of every parameter; averages over one process change nothing."""
+    quantizer = started("lsq", SIGNED, Grid(IntFormat(4), torch.tensor(0.1)))
+    before = quantizer.require_grid().scale.clone()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        quantizer.synchronize()
+        quantizer.freeze()
+        quantizer(data(10).requires_grad_()).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert float(quantizer.log_scale.grad) == 0.0  # type: ignore[arg-type]
+    assert torch.equal(quantizer.require_grid().scale, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moving-average", "lsq"])
+def test_torch_compile_goes_around_what_it_cannot_trace(kind: str) -> None:
+    quantizer = started(kind, SIGNED, Grid(IntFormat(4), torch.tensor(0.5)))
+    twin, x = copy.deepcopy(quantizer), data(64)
+    results = []
+    for function in (torch.compile(lambda v: twin(v * 1.0), backend="eager"), lambda v: quantizer(v * 1.0)):
+        values = x.clone().requires_grad_()
+        y = function(values)
+        y.square().sum().backward()
+        results.append((y, values.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
+    torch.testing.assert_close(twin.require_grid().scale, quantizer.require_grid().scale)

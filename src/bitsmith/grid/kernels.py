@@ -96,6 +96,8 @@ def fake_quantize(x: Tensor, grid: Grid, watch: Callable[[Tensor], None] | None 
     if x.dtype != torch.float32:
         return fake_quantize(x.float(), grid, watch).to(x.dtype)
     if torch.compiler.is_compiling():
+        if watch is not None:
+            watch(x)
         return _formula(x, grid)
     with torch.no_grad():
         if watch is None and (kernel := _compiled_kernel(x, grid)) is not None:

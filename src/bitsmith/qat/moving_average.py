@@ -91,7 +91,7 @@ class MovingAverageQuantizer(TrainingQuantizer):
             low, high = inline.ends()
             self._take_in(torch.tensor(low, device=x.device), torch.tensor(high, device=x.device))
         elif watch is not None:
-            self._take_in(*extremes(x, self.along))
+            self._take_in(*extremes(x, self._grid_axis()))
         return y
 
     def _follow(self, weight: Tensor) -> Grid:
