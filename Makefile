@@ -25,6 +25,7 @@ unit: $(STAMP)
 # RIVALS=PYTHON of an environment with Brevitas (benchmarks/README.md) times it beside ours.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --csv benchmarks/results/accuracy.csv
+	$(BIN)/python -m benchmarks.algorithms --csv benchmarks/results/algorithms.csv
 ifdef RIVALS
 	$(BIN)/python -m benchmarks.speed --rivals $(RIVALS) --csv benchmarks/results/speed.csv
 else
@@ -35,6 +36,8 @@ endif
 
 bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --quick --nets resnet20 dscnn_kws
+	$(BIN)/python -m benchmarks.algorithms --quick --nets resnet20 dscnn_kws \
+		--rows "w4a8 nearest" "w4a8 gptq" "w4a8 qronos" w4a8-fast w4a8-best
 	$(BIN)/python -m benchmarks.speed
 
 # The site lands in site/ and opens from the disk; nothing is fetched from the network.

@@ -1,7 +1,7 @@
 """What each post-training algorithm gives back: top-1 and agreement with the float model, simulated.
 
     python -m benchmarks.algorithms [--nets resnet20 ...] [--rows "w4a8 gptq" ...] [--draws N] [--quick]
-                                    [--csv FILE]
+                                    [--csv FILE] [--resume FOLDER]
 
 The CSV file is added to, so that a table can be made in several runs. Rows with several draws are calibrated with as
 many sets of images: the first 1,000 training images, then seeded draws from the other 9,000; mean and standard
@@ -33,8 +33,8 @@ from bitsmith.recipe import PlacementName, bits_recipe
 from bitsmith.steps import Equalize, Gpfq, Gptq, LearnedRounding, Qronos, Step
 
 FIELDS = ("net", "row", "placement", "steps", "draws", "calibration_samples", "judged_samples", "float_top1", "top1",
-          "top1_std", "agreement", "agreement_std", "step_s", "quantize_s", "brevitas_top1", "brevitas_agreement",
-          "brevitas_step_s", "seed", "commit", "bitsmith")  # fmt: skip
+          "top1_std", "agreement", "agreement_std", "step_s", "quantize_s", "threads", "brevitas_top1",
+          "brevitas_agreement", "brevitas_step_s", "seed", "commit", "bitsmith")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,17 @@ def calibration_draw(draw: int) -> data.Batches:
     return data.batches(data.normalized(images[chosen], *RESNET_NORM), labels[chosen], 100)
 
 
-def measure(net: str, name: str, loaded: Any, exact: Tensor, draws: int) -> dict[str, Any]:
-    """One row of the table; ``exact`` are the float answers."""
+def measure(net: str, name: str, loaded: Any, exact: Tensor, draws: int, resume: Path | None = None) -> dict[str, Any]:
+    """One row of the table; ``exact`` are the float answers, ``resume`` a folder for what is learned."""
     row, (model, calibration, test, _) = ROWS[net][name], loaded
     labels, draws = torch.cat([y for _, y in test]), min(draws, row.draws)
     top1, agreement, seconds, reports = [], [], [], []
     for draw in range(draws):
         start = time.perf_counter()
         q = bs.quantize(
-            model, calibration if draw == 0 else calibration_draw(draw), row.recipe, placement=row.placement
-        )
+            model, calibration if draw == 0 else calibration_draw(draw), row.recipe, placement=row.placement,
+            resume=None if resume is None else resume / f"{net} {name.replace('/', ' ')} {draw}",
+        )  # fmt: skip
         seconds.append(time.perf_counter() - start)
         reports.append(q.report)
         classes = answers(q, test).argmax(1)
@@ -160,7 +161,8 @@ def measure(net: str, name: str, loaded: Any, exact: Tensor, draws: int) -> dict
         "float_top1": round(100 * float((exact.argmax(1) == labels).double().mean()), 2),
         "top1": round(mean(top1), 3), "top1_std": round(spread[0], 3),
         "agreement": round(mean(agreement), 3), "agreement_std": round(spread[1], 3),
-        "step_s": round(sum(entry.seconds for entry in reports[0].steps), 2), "quantize_s": round(seconds[0], 2),
+        "step_s": round(sum(entry.seconds for entry in reports[0].steps), 2),
+        "quantize_s": round(seconds[0], 2), "threads": torch.get_num_threads(),
         **(brevitas if net == "resnet20" else {}), "seed": 0, "commit": commit(), "bitsmith": bs.__version__,
     }  # fmt: skip
 
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="at most so many")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--resume", type=Path, help="folder in which a run that is killed leaves what it has learned")
     options = parser.parse_args()
     for net in options.nets:
         loaded = nets.load(net)
@@ -192,7 +195,7 @@ def main() -> None:
         for name in ROWS[net]:
             if options.rows and name not in options.rows:
                 continue
-            r = measure(net, name, loaded, exact, 1 if options.quick else options.draws)
+            r = measure(net, name, loaded, exact, 1 if options.quick else options.draws, options.resume)
             print(f"{net:18}{name:26}{r['placement']:10}{r['float_top1']:7.2f}{r['top1']:8.2f} +-{r['top1_std']:5.2f}"
                   f"{r['agreement']:8.2f} +-{r['agreement_std']:5.2f}{r['step_s']:8.2f} s{r['quantize_s']:8.2f} s",
                   flush=True)  # fmt: skip

@@ -41,6 +41,22 @@ def accuracy(*, main: bool = False) -> list[str]:
     return lines
 
 
+def algorithms() -> list[str]:
+    """What each post-training algorithm gives back; of a row that was measured twice, the later."""
+    heads = ("network (judged)", "row, placement", "float", "top-1", "same class as float", "draws", "step, s",
+             "Brevitas: top-1", "same class", "step, s")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for r in {(r["net"], r["row"]): r for r in rows("algorithms.csv")}.values():
+        spread = f" +- {float(r['top1_std']):.2f}" if int(r["draws"]) > 1 else ""
+        cells = (
+            f"{NAMES[r['net']]} ({int(r['judged_samples']):,})", f"{r['row']}, `{r['placement']}`",
+            f"{float(r['float_top1']):.2f}", f"{float(r['top1']):.2f}{spread}", f"{float(r['agreement']):.2f} %",
+            r["draws"], r["step_s"], r["brevitas_top1"], r["brevitas_agreement"], r["brevitas_step_s"],
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def latency() -> list[str]:
     """Our files beside the rivals'."""
     lines = ["| file | engine | batch | ms | times as fast as the baseline | baseline |", "|---|---|---|---|---|---|"]
@@ -77,7 +93,9 @@ def main() -> None:
     before, after = _around(readme)
     readme.write_text("\n".join([f"{before}{MARK}", "", *accuracy(main=True), "", *speed(), "", f"{MARK}{after}"]))
     page = ["# Results", "", "Written by `python -m benchmarks.tables` from `benchmarks/results/`.", ""]
-    (ROOT / "benchmarks" / "RESULTS.md").write_text("\n".join([*page, *accuracy(), "", *speed(), "", *latency(), ""]))
+    (ROOT / "benchmarks" / "RESULTS.md").write_text(
+        "\n".join([*page, *accuracy(), "", *algorithms(), "", *speed(), "", *latency(), ""])
+    )
 
 
 def _around(readme: Path) -> tuple[str, str]:
