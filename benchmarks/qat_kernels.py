@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.accuracy import commit
 from benchmarks.kernels import interleaved
 from bitsmith.grid import Grid, IntFormat, TensorSpec
 from bitsmith.qat.quantizers import make_quantizer
@@ -135,10 +136,10 @@ def main() -> None:
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("contender", "elements", "threads", "milliseconds", "clones", "torch"))
+            writer.writerow(("contender", "elements", "threads", "milliseconds", "clones", "torch", "seed", "commit"))
             for name, milliseconds in times.items():
                 row = name, arguments.elements, arguments.threads, f"{milliseconds:.3f}"
-                writer.writerow((*row, f"{milliseconds / times['clone']:.2f}", torch.__version__))
+                writer.writerow((*row, f"{milliseconds / times['clone']:.2f}", torch.__version__, 0, commit()))
 
 
 if __name__ == "__main__":
