@@ -2,8 +2,8 @@
 
 The forward pass is that of ``grid.kernels`` to the bit, and may show its input to a statistic while it is in the cache.
 The backward passes need the input alone, and the output where a scale learns: the output is kept by the next layer
-anyway. Where there is a C compiler each is one pass (``native.py``); else they run, per tensor on a CPU, over pieces that
-stay in the cache; other tensors (weights, mostly) are small.
+anyway. Where there is a C compiler each is one pass (``native.py``); else they run, per tensor on a CPU, over pieces
+that stay in the cache; other tensors (weights, mostly) are small.
 """
 
 from __future__ import annotations
