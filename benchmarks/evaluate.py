@@ -1,7 +1,7 @@
 """``bitsmith evaluate`` on image folders, beside the same images as arrays.
 
-    python -m benchmarks.evaluate folders resnet20 DIR      writes the images out as folders, and says how to use them
-    python -m benchmarks.evaluate compare [--csv FILE]      runs both ways; the numbers must agree
+    python -m benchmarks.evaluate folders resnet20 DIR               writes the images out, and says how to use them
+    python -m benchmarks.evaluate compare [--nets ...] [--csv FILE]  runs both ways; the numbers must agree
 
 CIFAR-10 (ResNet-20): the first 1,000 training images calibrate, all test images judge, as PNG. The ImageNet sample
 (MobileNetV1 0.25, depthwise): a seeded 100 calibrate, the other 900 judge, as the JPEG files that they are, resized
@@ -133,19 +133,19 @@ def evaluate(net: str, folder: Path, path: str, options: tuple[str, ...]) -> dic
     }  # fmt: skip
 
 
-def compare(path: Path | None) -> None:
-    """Every run both ways, as a table, and as CSV row by row."""
+def compare(nets: list[str], path: Path | None) -> None:
+    """Every run of these nets both ways, as a table, and as CSV row by row."""
     print(f"{'net':18}{'images as':10}{'float':>7}{'sim':>7}{'agree':>9}{'dB':>9}{'s':>7}  options")
     handle = None if path is None else path.open("w", newline="")
     writer = None if handle is None else csv.DictWriter(handle, FIELDS)
     if writer is not None:
         writer.writeheader()
-    for net, runs in RUNS.items():
+    for net in nets:
         with tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch:
             folder = Path(scratch)
             write_folders(net, folder)
             write_arrays(net, folder)
-            for options in runs:
+            for options in RUNS[net]:
                 for form in ("folders", "arrays"):
                     row = evaluate(net, folder, form, options)
                     print(f"{net:18}{form:10}{row['float_top1']:7.2f}{row['simulated_top1']:7.2f}"
@@ -164,10 +164,11 @@ def main() -> None:
     folders.add_argument("net", choices=list(NETS))
     folders.add_argument("folder", type=Path)
     both = actions.add_parser("compare")
+    both.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     both.add_argument("--csv", type=Path)
     options = parser.parse_args()
     if options.action == "compare":
-        compare(options.csv)
+        compare(options.nets, options.csv)
         return
     if data.ROOT in [options.folder.resolve(), *options.folder.resolve().parents]:
         parser.error(f"{options.folder} is inside the repository, where images have no business")

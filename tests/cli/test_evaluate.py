@@ -149,6 +149,7 @@ REFUSALS: list[tuple[str, tuple[str, ...], str]] = [
     ("latency", ("--latency",), "give --output DIR"),
     ("export_onnx_qcdq", ("--export-onnx-qcdq",), "give --output DIR"),
     ("export_torch_qcdq", ("--export-torch-qcdq",), "give --output DIR"),
+    ("export_torch_qcdq", ("-o", "out", "--export-torch-qcdq", "--recipe", "fp8"), "recipe has small floats"),
     ("calibration", ("--calibration", "nowhere"), "'nowhere' does not exist"),
     ("label_map", ("--label-map", "nowhere.txt"), "'nowhere.txt' does not exist"),
     ("mean", ("--mean", "half"), "must be numbers with commas"),
@@ -251,6 +252,17 @@ def test_images_options_without_images_are_refused(place: Path, ran: Seen) -> No
     np.savez("arrays.npz", x=np.zeros((4, 3, 8, 8), np.uint8), y=np.zeros(4, np.int64))
     assert CliRunner().invoke(app, [*base, "--mean", "0,0,0"]).exit_code == 0
     assert "--crop: the data are no image folders" in flat(CliRunner().invoke(app, [*base, "--crop", "4"]).stderr)
+
+
+def test_small_images_that_would_be_enlarged_are_told(place: Path, ran: Seen) -> None:
+    assert run("--resize", "256").exit_code == 0
+    assert ran.job.notes[1].startswith("images of 10 x 12 are enlarged to 256")
+
+
+def test_data_that_are_missing_are_named(place: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", "net.py:build"])
+    assert result.exit_code == 2
+    assert "--calibration-dir is missing: recipe 'int8'" in flat(result.stderr)
 
 
 def test_the_images_preparation_is_told(place: Path, ran: Seen) -> None:

@@ -45,12 +45,12 @@ def test_an_interrupted_command_says_so_and_leaves_what_was_there(tmp_path: Path
         [sys.executable, "-c", RUN, *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (tmp_path / "working").exists() and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 130

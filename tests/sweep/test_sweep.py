@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bitsmith.errors import DataError, RecipeError
+from bitsmith.options import CONSTRAINTS
 from bitsmith.sweep import LocalEngine, Store, Sweep, best_rows, export_rows, load_sweep, run_sweep, write_sweep_page
 from bitsmith.sweep.grid import Configuration, Constraint
 
@@ -52,15 +53,16 @@ def test_constraints_and_refusals_become_rows_with_their_reason(tmp_path: Path) 
     sweep = Sweep.model_validate(
         {
             **GRID,
-            "runs": [{"gpfq-p": 0.5}, {"weight-bit-width": 99}],
+            "runs": [{"gpfq-p": 0.5}, {"weight-bit-width": 99}, {"gptq": True, "gpfq": True}],
             "constraints": [{"forbid": {"weight-bit-width": [4, 3], "act-bit-width": 4}, "reason": "too few bits"}],
         }
     )
-    assert run_sweep(sweep, tmp_path, InstantEngine()) == {"done": 3, "skipped": 3}
+    assert run_sweep(sweep, tmp_path, InstantEngine()) == {"done": 3, "skipped": 4}
     reasons = [row["reason"] for row in Store(tmp_path).rows() if row["status"] == "skipped"]
     assert reasons[0] == "too few bits"
     assert "gpfq-p" in reasons[1]
     assert "weight-bit-width: 99 is not from 2 to 16" in reasons[2]
+    assert reasons[3] in {str(constraint) for constraint in CONSTRAINTS}  # as 'bitsmith evaluate' says it
 
 
 def test_a_constraint_holds_only_where_all_its_options_do() -> None:

@@ -17,7 +17,8 @@ from .flat import GroupedCommand, RecipeChanges, flattened
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..evaluate.data import Data
+    from ..evaluate.data import Data, FolderData
+    from ..evaluate.images import Preprocess
     from ..evaluate.job import Job, JobResult, JobSettings
 
 
@@ -203,8 +204,25 @@ def _load(
         raise typer.BadParameter(f"the data are no {wants}, so there is nothing to do", param_hint=min(needed))
     if not folders:
         return found, judged, ()
+    enlarged = _enlarged([source for source in (found, judged) if isinstance(source, FolderData)], preprocess)
     whose += f", but {', '.join(f'{name} {value}' for name, value in given.items())}" if given else ""
-    return found, judged, (f"images: {preprocess} ({whose})",)
+    return found, judged, (f"images: {preprocess} ({whose})", *enlarged)
+
+
+def _enlarged(folders: list[FolderData], preprocess: Preprocess) -> list[str]:
+    """A doubt where images are resized to more than twice their size, as small ones are by ImageNet's preparation."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(folders[0].paths[0]) as image:
+            width, height = image.size
+    except (OSError, UnidentifiedImageError):  # reading all of them says more
+        return []
+    if preprocess.resize <= 2 * min(width, height):
+        return []
+    return [
+        f"images of {width} x {height} are enlarged to {preprocess.resize}: --resize 0 --crop 0 takes them as they are"
+    ]
 
 
 def _check_folders(data: o.DataOptions, sources: list[str]) -> None:
@@ -219,10 +237,11 @@ def _check_folders(data: o.DataOptions, sources: list[str]) -> None:
 
 def _check_dynamic(settings: JobSettings, validation: str | None) -> None:
     """Only recipes that find their scales at run time do without calibration data."""
-    if settings.load_recipe().placement != "dynamic":
-        raise typer.BadParameter("the recipe needs data to find ranges with", param_hint="--calibration-dir")
+    recipe = settings.load_recipe()
+    if recipe.placement != "dynamic":
+        raise typer.BadParameter(f"--calibration-dir is missing: recipe {recipe.name!r} finds its ranges on data")
     if validation is None:
-        raise typer.BadParameter("a file is made and judged with data: give some", param_hint="--validation-dir")
+        raise typer.BadParameter("--validation-dir is missing: a file is made and judged with data")
 
 
 def _device(work: WorkOptions) -> str:
@@ -239,7 +258,7 @@ def _device(work: WorkOptions) -> str:
         reason = str(error).strip().splitlines()[0]
         there = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise typer.BadParameter(
-            f"{name!r} cannot be used: {reason} (there are {', '.join(['cpu', *there])})", param_hint="--device"
+            f"{name!r} cannot be used: {reason} (there is {', '.join(['cpu', *there])})", param_hint="--device"
         ) from error
     return name
 

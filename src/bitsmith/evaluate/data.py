@@ -350,7 +350,7 @@ def _inputs(x: Tensor, path: Path, preprocess: Preprocess) -> tuple[Tensor, Prep
         raise DataError(f"x in {str(path)!r} is a single number: its first dimension must count the samples")
     if x.dtype == torch.uint8:
         if _channels_last(x):
-            x = x.permute(0, 3, 1, 2)
+            x = x.permute(0, 3, 1, 2).contiguous()  # layout moves sums by a rounding, which GPTQ can make visible
         if x.ndim != 4:
             raise DataError(f"x in {str(path)!r} is uint8 of shape {tuple(x.shape)}: images are (N, C, H, W)")
         return x, preprocess

@@ -20,7 +20,7 @@ from ..errors import BitsmithError, DataError, ExportError, MissingExtraError, R
 from ..export import export_ai8x, export_onnx, export_torchscript
 from ..files import staged_dir, write_text
 from ..flow import quantize
-from ..grid import IntFormat, TensorSpec
+from ..grid import FloatFormat, IntFormat, TensorSpec
 from ..options import apply_options
 from ..recipe import PlacementName, Recipe, load_recipe
 from ..report.model import Report
@@ -151,6 +151,10 @@ def check_settings(settings: JobSettings) -> JobSettings:
             "is nothing to keep and to go on from"
         )
     parse_memory(settings.memory)
+    if settings.torchscript and any(
+        isinstance(s.format, FloatFormat) for s in _specs(recipe, "weights", "activations")
+    ):
+        raise ExportError("--export-torch-qcdq: TorchScript files hold integers, but the recipe has small floats")
     if settings.opset is not None:
         _check_opset(settings.opset, recipe)
     odd = [spec.format for spec in _specs(recipe, "activations") if _needs_clip(spec)]
