@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 FIELDS = ("net", "options", "path", "calibration_samples", "judged_samples", "float_top1", "simulated_top1",
-          "agreement", "output_sqnr_db", "seconds", "seed", "commit", "bitsmith")  # fmt: skip
+          "agreement", "output_sqnr_db", "seed", "commit", "bitsmith")  # fmt: skip
 
 
 def write_folders(net: str, folder: Path) -> None:
@@ -114,7 +113,6 @@ def command(net: str, folder: Path, path: str, options: tuple[str, ...]) -> list
 
 def evaluate(net: str, folder: Path, path: str, options: tuple[str, ...]) -> dict[str, object]:
     """One row: what the command line prints as JSON."""
-    start = time.perf_counter()
     arguments = command(net, folder, path, options)
     run = [sys.executable, "-c", "from bitsmith.cli import main; main()", *arguments, "--json", "-q"]
     done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=data.ROOT)
@@ -128,14 +126,14 @@ def evaluate(net: str, folder: Path, path: str, options: tuple[str, ...]) -> dic
         "net": net, "options": " ".join(options), "path": path, "calibration_samples": result["report"]["samples"],
         "judged_samples": simulated["samples"], "float_top1": round(exact["top1"], 2),
         "simulated_top1": round(simulated["top1"], 2), "agreement": round(simulated["agreement"], 3),
-        "output_sqnr_db": round(simulated["sqnr_db"], 4), "seconds": round(time.perf_counter() - start, 1), "seed": 0,
+        "output_sqnr_db": round(simulated["sqnr_db"], 4), "seed": 0,
         "commit": commit(), "bitsmith": __version__,
     }  # fmt: skip
 
 
 def compare(nets: list[str], path: Path | None) -> None:
     """Every run of these nets both ways, as a table, and as CSV row by row."""
-    print(f"{'net':18}{'images as':10}{'float':>7}{'sim':>7}{'agree':>9}{'dB':>9}{'s':>7}  options")
+    print(f"{'net':18}{'images as':10}{'float':>7}{'sim':>7}{'agree':>9}{'dB':>9}  options")
     handle = None if path is None else path.open("w", newline="")
     writer = None if handle is None else csv.DictWriter(handle, FIELDS)
     if writer is not None:
@@ -149,7 +147,7 @@ def compare(nets: list[str], path: Path | None) -> None:
                 for form in ("folders", "arrays"):
                     row = evaluate(net, folder, form, options)
                     print(f"{net:18}{form:10}{row['float_top1']:7.2f}{row['simulated_top1']:7.2f}"
-                          f"{row['agreement']:9.3f}{row['output_sqnr_db']:9.4f}{row['seconds']:7.1f}  {row['options']}",
+                          f"{row['agreement']:9.3f}{row['output_sqnr_db']:9.4f}  {row['options']}",
                           flush=True)  # fmt: skip
                     if writer is not None and handle is not None:
                         writer.writerow(row)
