@@ -5,6 +5,7 @@
  * lo and hi are the real ends that x must be between for its gradient to pass. NaN passes through as NaN. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 
 #define BLOCK 4096 /* sums are float32 within as many elements, float64 beyond */
@@ -65,14 +66,18 @@ static inline void learn(const float *g, const float *x, const float *q, float *
 
 void learned_backward(const float *g, const float *x, const float *q, float *passed, int64_t n, float lo, float hi,
                       float rounding, double *sums, int threads) {
-    double moved = 0, clipped = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : moved, clipped)
-    for (int64_t b = 0; b < n; b += BLOCK) {
+    double parts[threads][2]; /* added up in order: the same bits in every run, which a reduction does not promise */
+    for (int t = 0; t < threads; t++) parts[t][0] = parts[t][1] = 0;
+#pragma omp parallel num_threads(threads)
+    {
         double part[2] = {0, 0};
-        learn(g + b, x + b, q + b, passed + b, n - b < BLOCK ? n - b : BLOCK, lo, hi, rounding, part);
-        moved += part[0], clipped += part[1];
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < n; b += BLOCK)
+            learn(g + b, x + b, q + b, passed + b, n - b < BLOCK ? n - b : BLOCK, lo, hi, rounding, part);
+        parts[omp_get_thread_num()][0] = part[0], parts[omp_get_thread_num()][1] = part[1];
     }
-    sums[0] = moved, sums[1] = clipped;
+    sums[0] = sums[1] = 0;
+    for (int t = 0; t < threads; t++) sums[0] += parts[t][0], sums[1] += parts[t][1];
 }
 
 /* sums: two for each row */
