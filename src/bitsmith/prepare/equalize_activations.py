@@ -65,8 +65,8 @@ def equalize_activations(
 
     everywhere = recipe.placement == "layerwise" if options.insert is None else options.insert
     inserted = 0
-    for source, group in _by_source(flow, links) if everywhere or options.insert is None else ():
-        if not everywhere and not _is_float(source):
+    for source, group in _by_source(flow, links):
+        if not everywhere and (options.insert is False or not _is_float(source)):
             continue
         weight = torch.stack([in_range(link.layer) for _, link in group.links]).amax(0)
         alpha, scale = _best(options, reach[group.links[0][0]], weight, group, None, inputs, recipe)
@@ -98,14 +98,15 @@ def _groups(flow: ChannelFlow, links: Iterable[tuple[str, Link]]) -> list[_Group
 
 def _by_source(flow: ChannelFlow, links: dict[str, Link]) -> list[tuple[fx.Node, _Group]]:
     """Layers by the value that they read, where nothing before it can be scaled."""
-    found: dict[tuple[fx.Node, int], _Group] = {}
+    found: dict[tuple[fx.Node, bool], _Group] = {}
     for name, link in links.items():
         assert link.reads is not None
         source = link.callers[0].args[0]
         if len(link.callers) == 1 and bool((flow.roots[link.reads] == FIXED).all()):
             assert isinstance(source, fx.Node)
-            count = len(link.reads)
-            found.setdefault((source, count), _Group(torch.arange(count), [])).links.append((name, link))
+            along_last = isinstance(link.layer, torch.nn.Linear)
+            group = found.setdefault((source, along_last), _Group(torch.arange(len(link.reads)), []))
+            group.links.append((name, link))
     return [(source, group) for (source, _), group in found.items()]
 
 
