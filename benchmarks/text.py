@@ -151,7 +151,10 @@ def rows(name: str, widths: list[int]) -> Iterator[dict[str, Any]]:
         shared = {"metric": metric, "found": round(found, 4), "float": round(exact, 4), "seed": "none",
                   "samples": sum(map(len, batches)), "run": "simulated", "quantize_s": round(seconds, 1),
                   "commit": commit(), "bitsmith": bs.__version__}  # fmt: skip
-        return found - exact, shared
+        return (found - exact) * (1 if metric == "nats/token" else -1), shared
+
+    def taken_back(loss: float, lost: float) -> float | str:
+        return round(1 - loss / lost, 3) if lost > 0 else ""  # nearest rounding may even gain
 
     for bits, group in ((bits, group) for bits in widths if bits < 8 for group in groups):
         kind = {"granularity": "channel"} if group is None else {"granularity": "group", "group_size": group}
@@ -163,7 +166,7 @@ def rows(name: str, widths: list[int]) -> Iterator[dict[str, Any]]:
             loss, shared = measured(recipe, calibration, lambda q: with_weights(model, q))
             lost = loss if lost is None else lost
             yield {"net": name, "bits": bits, "group": group or "channel", "step": step,
-                   "taken_back": round(1 - loss / lost, 3), **shared}  # fmt: skip
+                   "taken_back": taken_back(loss, lost), **shared}  # fmt: skip
     lost, int8 = None, load_recipe("int8")
     few = [F.pad(batch, (0, length - batch.shape[1])) for batch in calibration[:2]]
     for step, more in (("int8", ()), ("int8, equalize", (EQUALIZE,))) if 8 in widths else ():
@@ -171,7 +174,7 @@ def rows(name: str, widths: list[int]) -> Iterator[dict[str, Any]]:
         loss, shared = measured(recipe, few, lambda q: Padded(q, length, name == "stories"))
         lost = loss if lost is None else lost
         yield {"net": name, "bits": 8, "group": "channel", "step": step,
-               "taken_back": round(1 - loss / lost, 3), **shared}  # fmt: skip
+               "taken_back": taken_back(loss, lost), **shared}  # fmt: skip
 
 
 def main() -> None:
@@ -184,7 +187,7 @@ def main() -> None:
     for name in options.nets:
         for r in rows(name, options.bits):
             print(f"{name:9}{r['bits']} bits {r['group']!s:8} {r['step']:16}{r['found']:9.4f} {r['metric']} (float "
-                  f"{r['float']:.4f}), takes back {r['taken_back']:.0%}", flush=True)  # fmt: skip
+                  f"{r['float']:.4f}), taken back: {r['taken_back']}", flush=True)  # fmt: skip
             if options.csv:
                 append(options.csv, r)
 
