@@ -299,6 +299,12 @@ def test_copies_train_apart(net: nn.Module) -> None:
     assert not frozen_norms(model)
 
 
+def test_a_model_is_kept_by_its_state(net: nn.Module, tmp_path: Path) -> None:
+    for model in (wrapped(net)[0], bs.PTQModel(net, "int8", X[:2])):
+        with pytest.raises(DataError, match="cannot be pickled whole"):
+            torch.save(model, tmp_path / "whole.pt")
+
+
 def test_an_average_of_weights_converts(net: nn.Module) -> None:
     model, optimizer = wrapped(net)
     model(X)  # ranges are there before the copy is made

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import is_not
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import fx, nn
 
 from ..capture.marks import Handwritten, Marks, take_marks
 from ..capture.ops import layer_of, op_of, quantizer_of
-from ..errors import PlacementError, UnsupportedOperatorError
+from ..errors import DataError, PlacementError, UnsupportedOperatorError
 from ..grid import FloatFormat, Quantizer, TensorSpec
 from ..prepare.activation_before_pool import activation_before_pool
 from ..recipe import Override, Recipe
@@ -57,6 +57,12 @@ class Placed:
     marks: dict[str, list[Quantizer]] = field(default_factory=dict)
     chip: ChipPlan | None = None
 
+    def __reduce__(self) -> NoReturn:
+        raise DataError(
+            "a model that is being calibrated or trained cannot be pickled whole, since pickles forget what a graph's "
+            "nodes are: torch.save(model.state_dict(), ...), prepare the float model again, and load_state_dict"
+        )
+
 
 def moved(placed: Placed, source: fx.GraphModule, copy: fx.GraphModule) -> Placed:
     """What ``place`` did to ``source``, told of a copy of it."""
@@ -71,7 +77,7 @@ def moved(placed: Placed, source: fx.GraphModule, copy: fx.GraphModule) -> Place
         layers=[nodes[node.name] for node in placed.layers],
         groups=[replace(group, members=twins(group.members)) for group in placed.groups],
         notes=[*placed.notes],
-        marks={name: twins(quantizers) for name, quantizers in placed.marks.items()},
+        marks={name: twins([q for q in quantizers if id(q) in paths]) for name, quantizers in placed.marks.items()},
     )
 
 

@@ -16,7 +16,6 @@ from ..grid import Grid, IntFormat, Quantizer
 from ..integer.pairs import raised_for_pairs
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
-from ..place.place import Placed
 from .layers import FreezableNorm, TrainedLayer
 from .quantizers import TrainingQuantizer
 
@@ -32,17 +31,6 @@ def convert_trained(trained: QATGraph) -> QuantizedModel:
     return finish(
         template.graph, trained.recipe, trained.target, template.placed, None, [*trained.notes], {}, trained.signature
     )
-
-
-def moved(placed: Placed, source: fx.GraphModule, copy: fx.GraphModule) -> Placed:
-    """What ``place`` did, told of a copy of its graph."""
-    nodes = {node.name: node for node in copy.graph.nodes}
-    paths = {id(module): name for name, module in source.named_modules()}
-    groups = [
-        dataclasses.replace(group, members=[copy.get_submodule(paths[id(q)]) for q in group.members])  # type: ignore[misc]
-        for group in placed.groups
-    ]
-    return dataclasses.replace(placed, layers=[nodes[n.name] for n in placed.layers], groups=groups, marks={})
 
 
 def _fill(graph: fx.GraphModule, trained: QATGraph) -> None:

@@ -18,11 +18,11 @@ from ..capture.inputs import Arguments, positional
 from ..errors import CalibrationError, DataError
 from ..grid import IntFormat
 from ..model import QuantizedModel
-from ..place.place import Placed
+from ..place.place import Placed, moved
 from ..recipe import Recipe
 from ..targets import Target
 from .build import initialize, layers_of
-from .convert import convert_trained, moved
+from .convert import convert_trained
 from .distillation import Distillation
 from .layers import FreezableNorm, TrainedLayer
 from .oscillation import Oscillation, OscillationTracker
