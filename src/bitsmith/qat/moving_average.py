@@ -61,7 +61,7 @@ class MovingAverageQuantizer(TrainingQuantizer):
     def _short(self, low: float, high: float) -> Grid | None:
         """What ``_solve`` finds for one float32 scale, without its dozens of operations; None where it must."""
         fmt, spec = self.format, self.spec
-        if not isinstance(fmt, IntFormat) or spec.scale != "float32":
+        if not isinstance(fmt, IntFormat) or spec.scale != "float32" or spec.range.limit is not None:
             return None
         from_zero = self.subsumes_relu or (spec.symmetric and fmt.signed)
         if not from_zero and (spec.symmetric or self.non_negative or fmt != spec.format):
@@ -80,8 +80,9 @@ class MovingAverageQuantizer(TrainingQuantizer):
     def _train(self, x: Tensor) -> Tensor:
         if self.of_weight:
             grid = self._follow(x.detach())
-            # nothing is clipped, unless exponents are rounded down
-            clipping = self._clipping(grid) if self.spec.scale == "po2" and self.spec.po2_rounding != "ceil" else None
+            # nothing is clipped, unless exponents are rounded down or ranges limited
+            rounded_down = self.spec.scale == "po2" and self.spec.po2_rounding != "ceil"
+            clipping = self._clipping(grid) if rounded_down or self.spec.range.limit is not None else None
             return StraightThrough.apply(x, grid, clipping, None)  # type: ignore[no-any-return,no-untyped-call]
         grid = self._current()
         watch = Extremes(greatest_only=self.subsumes_relu) if self.training else None
@@ -97,13 +98,15 @@ class MovingAverageQuantizer(TrainingQuantizer):
     def _follow(self, weight: Tensor) -> Grid:
         """The weight's own grid; what is left behind is that of the last weight seen."""
         fmt, spec = self.format, self.spec
-        if spec.granularity == "channel" and spec.symmetric and spec.scale == "float32" and isinstance(fmt, IntFormat):
+        plain = spec.symmetric and spec.scale == "float32" and spec.range.limit is None
+        if spec.granularity == "channel" and plain and isinstance(fmt, IntFormat):
             high = weight.abs().amax([d for d in range(weight.ndim) if d != self.along % weight.ndim]).double()
             exact = high / fmt.qmax
             if fmt.signed and bool(((exact >= _TINY) & (exact <= _HUGE)).all()):  # no channel is dead
                 self.low, self.high = -high, high
                 return Grid(fmt, exact.float(), None, self.along)
-        grid = weight_grid(weight, spec.model_copy(update={"range": RangeRule()}), self.along)
+        rule = RangeRule(limit=spec.range.limit, fixed=spec.range.fixed)
+        grid = weight_grid(weight, spec.model_copy(update={"range": rule}), self.along)
         self.low, self.high = clipping_range(grid, symmetric=spec.symmetric)
         return grid
 
