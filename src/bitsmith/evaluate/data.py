@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .array_files import SUFFIXES, read_arrays
 from .factory import call_factory
 from .folders import read_label_map, scan_folder
 from .images import Preprocess, read_batches
@@ -23,7 +21,6 @@ FORMS = (
     "a folder with one sub-folder of images per class, an .npz or .safetensors file with x and y, or file.py:factory"
 )
 BATCH = 50
-_ARRAYS = (".npz", ".safetensors")
 
 
 @runtime_checkable
@@ -199,9 +196,9 @@ def load_data(
 def check_source(spec: str) -> Path | None:
     """The folder or file that ``spec`` names, None for a factory; DataError where it is none of these."""
     path = Path(spec)
-    if path.is_dir() or (path.is_file() and path.suffix in _ARRAYS):
+    if path.is_dir() or (path.is_file() and path.suffix in SUFFIXES):
         return path
-    if path.suffix in _ARRAYS:
+    if path.suffix in SUFFIXES:
         raise DataError(f"the data file {spec!r} does not exist (looked in {Path.cwd()})")
     if ":" in spec and not path.exists():
         return None
@@ -309,7 +306,7 @@ def _from_factory(spec: str, samples: int | None) -> IterableData:
 
 
 def _read_arrays(path: Path, preprocess: Preprocess, batch: int) -> ArrayData:
-    tensors = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    tensors = read_arrays(path)
     if "x" not in tensors:
         raise DataError(
             f"{str(path)!r} has no array 'x' (it has {', '.join(sorted(tensors)) or 'nothing'}): "
@@ -368,45 +365,4 @@ def _inputs(x: Tensor, path: Path, preprocess: Preprocess) -> tuple[Tensor, Prep
     raise DataError(
         f"x in {str(path)!r} is {str(x.dtype).removeprefix('torch.')}: save it as float32 inputs, uint8 "
         f"images or int64 token ids"
-    )
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in ("x", "y") if name in arrays} or {
-                name: torch.empty(0) for name in arrays.files
-            }
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        pickle.UnpicklingError,
-    ) as error:
-        raise _corrupt(path, error) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _corrupt(path, error) from error
-
-
-def _corrupt(path: str | os.PathLike[str], error: Exception) -> DataError:
-    if "allow_pickle" in str(error) or "Object arrays" in str(error):
-        return DataError(
-            f"{os.fspath(path)!r} holds pickled Python objects, which could run code and were not loaded: "
-            f"save plain arrays of numbers (numpy.savez(path, x=..., y=...))"
-        )
-    return DataError(
-        f"the data file {os.fspath(path)!r} is corrupt, cut short or of another kind: {error}. Write it again"
     )
