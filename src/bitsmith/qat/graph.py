@@ -203,6 +203,10 @@ class QATGraph(nn.Module):
 
     # State
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._has_ranges = False  # the state says
+
     def layers(self) -> dict[str, TrainedLayer]:
         """The layers on grids, by path."""
         return layers_of(self.graph)
