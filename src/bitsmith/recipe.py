@@ -183,8 +183,8 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     overrides = [Override(match=end, weights=ends.weights, activations=ends.activations) for end in ("first", "last")]
     rounding: Step = Qronos(damping="auto") if weight_bits <= 4 else Gptq(asymmetric=True)
     learning = (Reconstruct(iterations=400),) if effort == "best" else ()
-    learned = effort == "best" and weight_bits <= 4
-    matched = weight_bits < 4 or activation_bits <= 4 or learned
+    # variances are worth matching where much is lost; else their own error is more, with a hundred samples at least
+    matched = weight_bits < 4 or activation_bits <= 4
     moments: Step = ReestimateBatchNorm() if matched else BiasCorrection()
     recipe = bits_recipe(
         weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
