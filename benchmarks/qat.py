@@ -58,7 +58,7 @@ class Training:
 
 
 ROWS = {
-    "w4a4": Training("resnet20", "w4a4-fast", start="ptq", epochs=12, lr=2e-4),
+    "w4a4": Training("resnet20", "w4a4-fast", start="ptq", epochs=36, lr=2e-4, temperature=3.0, mixed=1.0),
     "w2a4": Training("resnet20", "w2a4-fast", start="ptq", epochs=6, lr=1e-3),
     "po2": Training("shufflenetv2_x0_5", "int8-tensor-po2", "tda4vm", epochs=1, lr=3e-5),
 }
