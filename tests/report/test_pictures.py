@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bitsmith as bs
-from bitsmith.recipe import bits_recipe
+from bitsmith.recipe import bits_recipe, load_recipe
 from bitsmith.report.pictures import take_pictures
 from bitsmith.report.write import look_at
 
@@ -59,7 +59,7 @@ def test_local_noise_is_the_layer_s_own(net: nn.Sequential) -> None:
 
 def test_where_steps_rounded_the_weights_local_noise_needs_the_float_model(net: nn.Sequential) -> None:
     data = [torch.randn(64, 6)]
-    q = bs.quantize(net, data, "w4a8-fast")
+    q = bs.quantize(net, data, load_recipe("w4a8-fast").model_copy(update={"overrides": ()}))
     assert look_at(q, data).local_sqnr_db == {}
     found = look_at(q, data, net)
     assert set(found.local_sqnr_db) == {"0", "2"}
