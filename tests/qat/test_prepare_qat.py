@@ -197,3 +197,15 @@ def test_frozen_parameters_stay_frozen(net: nn.Module) -> None:
     train(p)
     assert torch.equal(p.graph.get_submodule("conv1.layer").weight, net.conv1.weight)
     assert not torch.equal(p.graph.get_submodule("conv2.layer").weight, net.conv2.weight)
+
+
+def test_says_that_parametrizations_are_worked_in() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
+    p = bs.prepare_qat(net, "int8", torch.randn(2, 4))
+    assert any(note.startswith("0 ") and "parametrization" in note for note in p.notes)
+
+
+def test_a_prepared_model_is_not_prepared_again(net: nn.Module) -> None:
+    p = bs.prepare_qat(net, "int8", data()[0])
+    with pytest.raises(bs.BitsmithError, match="prepared for training already"):
+        bs.prepare_qat(p, "int8", data()[0])

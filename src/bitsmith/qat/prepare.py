@@ -71,6 +71,11 @@ def prepare_qat(
     >>> q.report.coverage.fraction
     1.0
     """
+    if isinstance(model, QATGraph):
+        raise DataError(
+            "this model is prepared for training already: train it; for other options prepare the float model again, or "
+            "what bitsmith.convert makes of this one"
+        )
     kinds = kind if isinstance(kind, Kinds) else Kinds("lsq" if kind == "pact" else kind, kind)
     if isinstance(model, QuantizedModel):
         if recipe is not None or calibration is not None or placement is not None or tuple(overrides):

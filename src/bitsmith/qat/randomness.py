@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 _PREFIX = "only in train mode: "
 _DROPOUTS: dict[str, type[nn.Module]] = {
@@ -89,6 +90,8 @@ def what_is_lost(model: nn.Module, kept: set[str]) -> list[str]:
     for path, module in model.named_modules():
         name = f"{path or type(model).__name__} ({type(module).__name__})"
         rate = getattr(module, "dropout", 0.0)
+        if _is_reparametrized(module):
+            notes.append(f"{name}: its weight norm or other parametrization is worked in: the weight itself trains")
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and isinstance(rate, float) and rate:
             notes.append(f"{name}: its own dropout of {rate} is off in training, since it is not in the graph")
         elif isinstance(module, nn.SyncBatchNorm):
@@ -101,6 +104,12 @@ def what_is_lost(model: nn.Module, kept: set[str]) -> list[str]:
         elif not type(module).__module__.startswith("torch.nn.") and path not in kept and _asks_for_mode(module):
             notes.append(f"{name}: forward asks for self.training, but trains here as it runs in eval mode")
     return notes
+
+
+def _is_reparametrized(module: nn.Module) -> bool:
+    """Whether a weight is computed from others, by torch's parametrizations or by the hooks that they replaced."""
+    hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
+    return parametrize.is_parametrized(module) or not {"WeightNorm", "SpectralNorm"}.isdisjoint(hooks)
 
 
 @dataclass(frozen=True)
