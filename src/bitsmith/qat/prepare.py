@@ -73,8 +73,8 @@ def prepare_qat(
     """
     if isinstance(model, QATGraph):
         raise DataError(
-            "this model is prepared for training already: train it; for other options prepare the float model again, or "
-            "what bitsmith.convert makes of this one"
+            "this model is prepared for training already: train it; for other options prepare the float model again, "
+            "or what bitsmith.convert makes of this one"
         )
     kinds = kind if isinstance(kind, Kinds) else Kinds("lsq" if kind == "pact" else kind, kind)
     if isinstance(model, QuantizedModel):
