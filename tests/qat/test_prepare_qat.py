@@ -209,3 +209,18 @@ def test_a_prepared_model_is_not_prepared_again(net: nn.Module) -> None:
     p = bs.prepare_qat(net, "int8", data()[0])
     with pytest.raises(bs.BitsmithError, match="prepared for training already"):
         bs.prepare_qat(p, "int8", data()[0])
+
+
+def test_ranges_start_from_the_weights_of_that_moment(net: nn.Module) -> None:
+    """A checkpoint that is loaded between preparing and the first batch is what ranges are found on."""
+    x, other = data()[0], copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(3.0)
+    p, expected = bs.prepare_qat(net, "int8", x[:2]), bs.prepare_qat(other, "int8", x[:2])
+    p.graph.load_state_dict(expected.graph.state_dict())
+    p.eval().calibrate([((x,), {})])
+    expected.eval().calibrate([((x,), {})])
+    with torch.no_grad():
+        assert torch.equal(p(x), expected(x))
+        assert not torch.equal(p(x), bs.prepare_qat(net, "int8", calibration=[x]).eval()(x))

@@ -11,7 +11,7 @@ from torch import fx, nn
 from ..calibrate.bias import set_bias_grid
 from ..capture.ops import module_of
 from ..errors import CalibrationError
-from ..flow import finish
+from ..flow import channels_last, finish
 from ..grid import Grid, IntFormat, Quantizer
 from ..integer.pairs import raised_for_pairs
 from ..model import QuantizedModel
@@ -31,6 +31,25 @@ def convert_trained(trained: QATGraph) -> QuantizedModel:
     return finish(
         template.graph, trained.recipe, trained.target, template.placed, None, [*trained.notes], {}, trained.signature
     )
+
+
+def take_parameters(graph: fx.GraphModule, trained: QATGraph) -> None:
+    """Write the weights of this moment, batch norms folded in, into a placed graph that has no grids yet."""
+    with torch.no_grad():
+        for node in graph.graph.nodes:
+            layer = module_of(node)
+            if isinstance(layer, QuantLayer):
+                source = trained.graph.get_submodule(str(node.target))
+                assert isinstance(source, TrainedLayer)
+                _set_parameters(layer, *source.folded(exact=True))
+        _fill_rest(graph, trained)
+        channels_last(graph)  # as quantize lays them out, so that ranges are the same to the bit
+
+
+def _set_parameters(layer: QuantLayer, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    layer.layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        layer.layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
 
 def _fill(graph: fx.GraphModule, trained: QATGraph) -> None:
@@ -77,9 +96,7 @@ def _fill_layer(layer: QuantLayer, node: fx.Node, trained: QATGraph) -> None:
         source.weight_quantizer(weight)  # the range of a weight that it follows is that of the last one seen
         grid = _required(source.weight_quantizer, str(node.target))
         weight = weight if source.oscillation is None else source.oscillation.hold(weight, grid)
-    layer.layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        layer.layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    _set_parameters(layer, weight, bias)
     if layer.weight_quantizer is None or grid is None:
         return
     if trained.target.law == "torch":

@@ -22,7 +22,7 @@ from ..place.place import Placed, moved
 from ..recipe import Recipe
 from ..targets import Target
 from .build import initialize, layers_of
-from .convert import convert_trained
+from .convert import convert_trained, take_parameters
 from .distillation import Distillation
 from .layers import FreezableNorm, TrainedLayer
 from .oscillation import Oscillation, OscillationTracker
@@ -132,6 +132,7 @@ class QATGraph(nn.Module):
     def calibrate(self, batches: list[Arguments]) -> None:
         """Start all ranges from batches, given as ``(args, kwargs)``; all processes take those of the first."""
         trial = self.template.copy()
+        take_parameters(trial.graph, self)  # a checkpoint may have been loaded since the model was prepared
         calibrate(trial.graph, trial.placed, batches, self.target, memory=_MEMORY, noise_samples=1)
         self.start_from(trial.graph)
 
