@@ -68,7 +68,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, int]]] = {
     "bag": (lambda: nn.EmbeddingBag(30, 12, mode="mean", padding_idx=2), _ids, {}),
     "encoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 1), _x,
-        {"DynamicQuantizeMatMul": 4, "MultiHeadAttention": 1},
+        {"DynamicQuantizeMatMul": 3, "QAttention": 1, "LayerNormalization": 2, "SkipLayerNormalization": 0},
     ),
 }  # fmt: skip
 

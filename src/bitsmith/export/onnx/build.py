@@ -17,6 +17,7 @@ from ...grid import Quantizer
 from ...place.layers import QuantLayer
 from . import (
     ops_activation,
+    ops_attention,
     ops_create,
     ops_dynamic,
     ops_layers,
@@ -34,8 +35,8 @@ from .registry import FUNCTIONS, LAYERS, Call, LayerCall, operator_name, unsuppo
 
 # Importing these modules fills the registry.
 _OPERATORS = (
-    ops_activation, ops_create, ops_dynamic, ops_layers, ops_math, ops_matmul, ops_pool, ops_recurrent, ops_resize,
-    ops_shape,
+    ops_activation, ops_attention, ops_create, ops_dynamic, ops_layers, ops_math, ops_matmul, ops_pool, ops_recurrent,
+    ops_resize, ops_shape,
 )  # fmt: skip
 
 OLDEST_OPSET = 13

@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from .builder import Builder
 from .ops_recurrent import ONNX_NAMES, emit_outputs, gate_rows
 from .registry import Call, Result, lowers
 
@@ -25,26 +26,28 @@ def dynamic_linear(call: Call) -> Result:
     if scale is None or call["activations"] == "float":
         y = call.emit("MatMul", call.tensor("x"), _dequantized(call, weight, scale))
     else:
-        quantized = _quantized_tokens(call) if call["activations"] == "token" else _quantized_tensor(call)
-        codes, x_scale, zero_point = quantized
+        by_token = call["activations"] == "token"
+        codes, x_scale, zero_point = (
+            _quantized_tokens(call) if by_token else quantized_tensor(call.builder, call.tensor("x"))
+        )
         name = call.builder.initializer(f"{_name(call, 'weight')}.codes", weight.t().contiguous(), share=True)
         product = call.emit("MatMulInteger", codes, name, zero_point)
         w_scale = call.builder.initializer(f"{_name(call, 'weight')}.scale", scale, share=True)
         real = call.emit("Cast", product, to=TensorProto.FLOAT)
-        if call["activations"] == "token":  # apart: onnxruntime 1.31 fuses Mul(x_scale, w_scale) as if x had one scale
+        if by_token:  # apart: onnxruntime 1.31 fuses Mul(x_scale, w_scale) as if x had one scale
             y = call.emit("Mul", call.emit("Mul", real, w_scale), x_scale)
         else:
             y = call.emit("Mul", real, call.emit("Mul", x_scale, w_scale))
     return y if call["bias"] is None else call.emit("Add", y, call.tensor("bias"))
 
 
-def _quantized_tensor(call: Call) -> tuple[str, str, str]:
-    """Codes, scale and zero point of the input; written once, whoever reads it."""
-    key = ("dynamic", call.tensor("x"))
-    if (*key, 0) not in call.builder.cache:
-        names = call.builder.emit("DynamicQuantizeLinear", [call.tensor("x")], outputs=3)
-        call.builder.cache.update({(*key, i): name for i, name in enumerate(names)})
-    codes, scale, zero_point = (call.builder.cache[(*key, i)] for i in range(3))
+def quantized_tensor(builder: Builder, x: str) -> tuple[str, str, str]:
+    """Codes, scale and zero point of ``x``; written once, whoever reads it."""
+    key = ("dynamic", x)
+    if (*key, 0) not in builder.cache:
+        names = builder.emit("DynamicQuantizeLinear", [x], outputs=3)
+        builder.cache.update({(*key, i): name for i, name in enumerate(names)})
+    codes, scale, zero_point = (builder.cache[(*key, i)] for i in range(3))
     return codes, scale, zero_point
 
 

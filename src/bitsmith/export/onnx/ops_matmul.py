@@ -1,17 +1,15 @@
-"""Matrix products, attention and normalization over features."""
+"""Matrix products and normalization over features."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import fx
 
 from .builder import Builder, Dim
 from .ops_layers import same_padding
 from .ops_pool import per_axis
-from .registry import Call, Result, fake, is_static, lowers, operator_name
+from .registry import Call, Result, fake, is_static, lowers
 
 
 @lowers("aten.matmul.default", "aten.bmm.default", "aten.mm.default", "aten.mv.default", "aten.dot.default")
@@ -61,85 +59,13 @@ def conv(call: Call) -> Result:
     )  # fmt: skip
 
 
-_SPLITS = {"aten.view.default", "aten.reshape.default", "aten.unflatten.int"}
-
-
-@lowers("aten.scaled_dot_product_attention.default")
-def attention(call: Call) -> Result:
-    """softmax(Q K^T * scale + mask) V, written out."""
-    if call["enable_gqa"]:
-        raise call.refuse("enable_gqa=True", "repeat the key and value heads before the call")
-    if call.builder.for_onnxruntime and (fused := _fused_attention(call)) is not None:
-        return fused
-    query, key, dtype = call.fake("query"), call.fake("key"), call.out.dtype
-    scale = call["scale"] or 1 / math.sqrt(int(query.shape[-1]))
-    order = [*range(key.ndim - 2), key.ndim - 1, key.ndim - 2]
-    scores = call.emit("MatMul", call.tensor("query"), call.emit("Transpose", call.tensor("key"), perm=order))
-    scores = call.emit("Mul", scores, call.scalar(scale, dtype, "scale"))
-    never = call.scalar(-math.inf, dtype, "minus_infinity")
-    if call["is_causal"]:
-        rows, columns = query.shape[-2], key.shape[-2]
-        if not (is_static(rows) and is_static(columns)):
-            raise call.refuse("is_causal=True with a free sequence length", "pass the mask as a tensor")
-        allowed = torch.ones(int(rows), int(columns), dtype=torch.bool).tril()
-        scores = call.emit("Where", call.builder.constant(allowed, "causal"), scores, never)
-    if call["attn_mask"] is not None:
-        if call.fake("attn_mask").dtype == torch.bool:
-            scores = call.emit("Where", call.tensor("attn_mask"), scores, never)
-        else:
-            scores = call.emit("Add", scores, call.operand("attn_mask", dtype))
-    return call.emit("MatMul", call.emit("Softmax", scores, axis=-1), call.tensor("value"))
-
-
-def _fused_attention(call: Call) -> str | None:
-    """onnxruntime's MultiHeadAttention, on ``(batch, length, heads * size)``; None where it does not apply.
-
-    The transposes on both sides meet those of the model and cancel when onnxruntime loads the file.
-    """
-    query, value = call.fake("query"), call.fake("value")
-    static = all(is_static(d) for t in (query, value) for d in (t.shape[1], t.shape[-1]))
-    if query.ndim != 4 or not static or call["is_causal"] or call.out.dtype != torch.float32:
-        return None
-    rows = [_unsplit_heads(call, call[name]) for name in ("query", "key", "value")]
-    bias = None
-    if call["attn_mask"] is not None:
-        bias = call.tensor("attn_mask")
-        if call.fake("attn_mask").dtype == torch.bool:
-            zero, never = call.scalar(0.0), call.scalar(-math.inf, hint="minus_infinity")
-            bias = call.emit("Where", bias, zero, never)
-        # Its last two axes must be whole, its first two may be 1.
-        shape = [1, 1, query.shape[-2], call.fake("key").shape[-2]]
-        bias = call.emit("Expand", bias, call.builder.shape_tensor(shape))
-    heads, size = int(query.shape[1]), int(value.shape[-1])
-    scale = call["scale"] or 1 / math.sqrt(int(query.shape[-1]))
-    out = call.emit(
-        "MultiHeadAttention", *rows, None, None, bias, domain="com.microsoft", num_heads=heads, scale=scale
-    )  # fmt: skip
-    split = call.emit("Reshape", out, call.ints([0, 0, heads, size], "heads"))
-    return call.emit("Transpose", split, perm=[0, 2, 1, 3])
-
-
-def _unsplit_heads(call: Call, node: fx.Node) -> str:
-    """``(batch, heads, length, size)`` as ``(batch, length, heads * size)``, which it mostly has been before."""
-    split = node.args[0] if operator_name(node) == "aten.transpose.int" and set(node.args[1:]) == {1, 2} else None
-    whole = split.args[0] if isinstance(split, fx.Node) and operator_name(split) in _SPLITS else None
-    if isinstance(whole, fx.Node) and fake(whole).ndim == 3:
-        heads, size = fake(node).shape[1], fake(node).shape[3]
-        if is_static(fake(whole).shape[2]) and int(fake(whole).shape[2]) == int(heads) * int(size):
-            return call.builder.value(whole)
-    turned = call.emit("Transpose", call.builder.value(node), perm=[0, 2, 1, 3])
-    return call.emit("Reshape", turned, call.ints([0, 0, -1], "rows"))
-
-
 def emit_layer_norm(
     builder: Builder, x: str, shape: list[int], weight: str | None, bias: str | None, epsilon: float
 ) -> str:
-    """LayerNormalization; or its definition, before opset 17 and for onnxruntime 1.31.
-
-    There the kernel takes 144 us for 128 x 512 values, the definition 56 (two threads). The Reciprocal keeps
-    onnxruntime from fusing it back.
-    """
-    if builder.opset >= 17 and not builder.for_onnxruntime:
+    """LayerNormalization; its definition before opset 17."""
+    if builder.opset >= 17:
+        if builder.for_onnxruntime:
+            _keep_apart(builder, x)
         scale = weight or builder.constant(torch.ones(shape), "weight")
         return builder.emit("LayerNormalization", [x, scale, bias], axis=-len(shape), epsilon=epsilon)[0]
     (mean,) = _mean(builder, x, len(shape))
@@ -148,8 +74,18 @@ def emit_layer_norm(
     (variance,) = _mean(builder, square, len(shape))
     (shifted,) = builder.emit("Add", [variance, builder.constant(torch.tensor(epsilon), "epsilon")])
     (deviation,) = builder.emit("Sqrt", [shifted])
-    (y,) = builder.emit("Mul", [centered, *builder.emit("Reciprocal", [deviation])])
+    (y,) = builder.emit("Div", [centered, deviation])
     return _affine(builder, y, weight, bias)
+
+
+def _keep_apart(builder: Builder, x: str) -> None:
+    """Write a layer norm's Add of two activations as a Sum, the same operator by another name.
+
+    onnxruntime 1.31 fuses an Add into the layer norm, in a kernel that takes 2 to 10 times as long as the two.
+    """
+    maker = next((node for node in reversed(builder.nodes) if x in node.output), None)
+    if maker is not None and maker.op_type == "Add" and not any(name in builder.initializers for name in maker.input):
+        maker.op_type = "Sum"
 
 
 def _mean(builder: Builder, x: str, rank: int) -> tuple[str, ...]:
