@@ -18,7 +18,8 @@ from ..errors import MissingExtraError, VerificationError
 EngineName = Literal["onnxruntime", "openvino", "torch", "ai8x"]
 Array = np.ndarray[Any, Any]
 _INTEGER_KERNELS = (
-    "chip_", "QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "quantized::", "onednn::q",
+    "chip_", "QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "DynamicQuantize", "quantized::",
+    "onednn::q",
 )  # fmt: skip
 _ON_CODES = " on codes"
 _COMPUTE_KERNELS = {
