@@ -253,7 +253,7 @@ def _timed(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     if name == "encoder":
         return _encoder(), [(torch.randn(1, 128, 512),)]
     net = load(SentenceEncoder(), "minilm_l6_v2_fp16.safetensors")
-    return net, [(torch.randint(1000, 3000, (1, length)),) for length in (16, 128)]
+    return net, [(torch.randint(1000, 3000, (1, length)),) for length in (16, 32, 128)]
 
 
 def latency(name: str, rounds: int, seconds: float) -> list[Latency]:
