@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         if self.joint:
-            parts = self.qkv(x).chunk(3, -1) if self.joint == "chunk" else self.qkv(x).split(32, dim=2)
+            parts = self.qkv(x).chunk(3, -1) if self.joint == "chunk" else self.qkv(x).split([32, 32, 32], dim=2)
         else:
             parts = self.q(x), self.k(x * 2 if self.cross else x), self.v(x)
         q, k, v = (t.view(t.shape[0], t.shape[1], 4, 8).transpose(1, 2) for t in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from onnx import TensorProto
@@ -15,7 +16,7 @@ from .ops_shape import same
 from .registry import Call, Result, fake, is_static, lowers, operator_name
 
 _SPLITS = {"aten.view.default", "aten.reshape.default", "aten.unflatten.int"}
-_CHUNKS = {"aten.chunk.default", "aten.split.Tensor"}
+_PARTS = {"aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"}
 
 
 @lowers("aten.scaled_dot_product_attention.default")
@@ -146,26 +147,24 @@ def _quantized_attention(call: Call) -> str | None:
     )  # fmt: skip
 
 
-def _projection(call: Call, node: fx.Node | None) -> _Projection | None:
+def _projection(call: Call, node: Any) -> _Projection | None:
     """What ``node`` computes, where that is a product of run-time codes."""
-    index, count = 0, 1
+    start, end = 0, None
     if node is not None and node.target is operator.getitem:
-        chunk, index = node.args
-        assert isinstance(chunk, fx.Node)
-        if operator_name(chunk) not in _CHUNKS or chunk.args[2:] not in ((-1,), (2,)):
+        parts, index = node.args
+        if operator_name(parts) not in _PARTS or parts.args[2:] not in ((-1,), (2,)):
             return None
-        node, count = chunk.args[0], len(chunk.meta["val"])
-    if not isinstance(node, fx.Node) or operator_name(node) != "bitsmith.dynamic_linear.default":
+        sizes = [int(value.shape[-1]) for value in parts.meta["val"]]
+        start, end = sum(sizes[:index]), sum(sizes[: index + 1])
+        node = parts.args[0]
+    if node is None or operator_name(node) != "bitsmith.dynamic_linear.default":
         return None
     x, *parameters, activations = node.args
-    weight, scale, bias = (call.builder.constants.get(p) if isinstance(p, fx.Node) else None for p in parameters)
+    weight, scale, bias = (call.builder.constants.get(p) for p in parameters)
     if activations != "tensor" or weight is None or scale is None:
         return None
-    scale = scale.expand(len(weight))
     bias = torch.zeros(len(weight)) if bias is None else bias
-    if len(weight) % count:
-        return None
-    weight, scale, bias = (t.chunk(count)[index] for t in (weight, scale, bias))
+    weight, scale, bias = (t[start:end] for t in (weight, scale.expand(len(weight)), bias))
     return _Projection(x, weight, scale, bias)
 
 
