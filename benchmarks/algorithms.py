@@ -98,7 +98,7 @@ _CIFAR = ("w4a8-fast", "w4a8-best", "w3a8-fast", "w3a8-best", "w2a8-fast", "w2a8
           "w4a4-fast/fx", "w4a4-best/fx", "w2a4-fast", "w2a4-best")  # fmt: skip
 
 ROWS: dict[str, dict[str, Row]] = {
-    "resnet20": _rounding(4, 1) | _rounding(3, 1) | _rounding(2, 1) | _learned() | _by_effort(*_CIFAR, draws=3),
+    "resnet20": _rounding(4, 3) | _rounding(3, 1) | _rounding(2, 1) | _learned() | _by_effort(*_CIFAR, draws=3),
     "resnet32": _rounding(4, 1) | _rounding(3, 1) | _by_effort("w4a8-best", "w4a4-best"),
     "shufflenetv2_x0_5": _by_effort("w4a8-fast", "w4a8-best"),
     "dscnn_kws": _by_effort("w4a8-fast", "w4a8-best"),

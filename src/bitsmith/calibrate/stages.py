@@ -13,7 +13,7 @@ from ..place.layers import QuantLayer
 
 @dataclass
 class Stage:
-    """Nodes that run one after the other; only the last one's value is kept.
+    """Nodes that run one after the other, at most one of them a layer; only the last one's value is kept.
 
     ``quantizer`` is the Quantizer at the end, ``observes`` whether this is where its range is watched.
     """
@@ -54,6 +54,8 @@ def cut_into_stages(graph: fx.GraphModule) -> list[Stage]:
             continue
         stage = Stage([node])
         while quantizer_of(stage.end) is None and (follower := _only_follower(stage.end)) is not None:
+            if op_of(follower).role == "compute" and stage.compute is not None:
+                break  # without a Quantizer between them, as where only weights are quantized
             stage.nodes.append(follower)
         taken.update(stage.nodes)
         stage.quantizer = quantizer_of(stage.end)
