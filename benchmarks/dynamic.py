@@ -184,7 +184,7 @@ def variants(net: nn.Module, recipe: str, example: tuple[Tensor, ...]) -> Iterat
     q = bs.quantize_dynamic(net, recipe, example_inputs=example)
     with tempfile.TemporaryDirectory() as folder:
         path = bs.export_onnx(q, Path(folder, "ours.onnx"))
-        yield f"bitsmith {recipe} onnxruntime", bs.deploy(q, threads=THREADS), _megabytes(path)
+        yield f"bitsmith {recipe} onnxruntime", bs.deploy(q, threads=torch.get_num_threads()), _megabytes(path)
     with tempfile.TemporaryDirectory() as folder:
         q = bs.quantize_dynamic(net, recipe, target="torch")
         bs.save(q, folder)
@@ -196,7 +196,7 @@ def variants(net: nn.Module, recipe: str, example: tuple[Tensor, ...]) -> Iterat
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, path in onnxruntime_files(net, example, Path(folder)):
-                yield name, bs.deploy(path, threads=THREADS), _megabytes(path)
+                yield name, bs.deploy(path, threads=torch.get_num_threads()), _megabytes(path)
         except Exception as error:  # torch's, onnx's and onnxruntime's own families
             print(f"onnxruntime's quantize_dynamic fails on {type(net).__name__}: {str(error).splitlines()[0]}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,7 +100,8 @@ def deploy(
 
     ``"ai8x"`` runs the checkpoint of a MAX78000. Dynamic models run on ``"torch"`` on the threads that torch has.
 
-    Engines round alike only where a target's law says so: quantize for the target that is going to run the model.
+    Engines round alike only where a target's law says so: quantize for the target that is going to run the model. An
+    engine that rounds otherwise than the simulation is warned of.
 
     >>> import bitsmith as bs
     >>> q = bs.quantize(torch.nn.Linear(4, 2), [torch.randn(32, 4)])
@@ -115,9 +117,10 @@ def deploy(
         if engine == "auto":
             raise DataError("engine='auto' takes a quantized model: a file has the engine it was written for")
         return Deployed(open_engine(q, engine, threads))
-    if engine == "auto":
-        return _fastest(q, threads, inputs)
-    return _deploy(q, engine or "onnxruntime", threads)
+    deployed = _fastest(q, threads, inputs) if engine == "auto" else _deploy(q, engine or "onnxruntime", threads)
+    if isinstance(deployed, Deployed) and deployed.note:
+        warnings.warn(deployed.note, stacklevel=2)
+    return deployed
 
 
 def _deploy(q: QuantizedModel | DynamicModel, engine: EngineName, threads: int | None) -> Deployed | TorchDeployed:
@@ -193,7 +196,7 @@ def _rounding(q: QuantizedModel, engine: str) -> str:
         return ""
     return (
         f"simulated for target {q.target.name!r}; engine {engine!r} rounds otherwise, so that some codes differ from "
-        "the simulation's by a step: quantize for the target that is going to run the model"
+        f"the simulation's by a step: quantize with target={engine!r} for a simulation that is what runs"
     )
 
 

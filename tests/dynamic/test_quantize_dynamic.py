@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -143,3 +144,42 @@ def test_the_command_line_needs_no_calibration_data(tmp_path: Path) -> None:
     assert "PASSED" in done.output
     again = CliRunner().invoke(app, ["verify", f"{tmp_path}/out"])
     assert not again.exit_code, again.output
+
+
+def test_one_output_stays_float_unless_asked_for() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    q = bs.quantize_dynamic(net)
+    assert type(q.model[1]) is nn.Linear
+    assert any(note.startswith("1 stays float") for note in q.report.notes)
+    asked = bs.Override(match="1", weights=bs.load_recipe("int8-dynamic").weights)
+    assert type(bs.quantize_dynamic(net, overrides=[asked]).model[1]) is not nn.Linear
+
+
+def _lstm(spread: float) -> nn.LSTM:
+    """Rows of each state matrix are alike in range, but the first, which is ``spread`` times as large."""
+    torch.manual_seed(0)
+    layer = nn.LSTM(8, 16, bidirectional=True)
+    with torch.no_grad():
+        for weight in (layer.weight_hh_l0, layer.weight_hh_l0_reverse):
+            weight.copy_(torch.stack([torch.linspace(-0.3, 0.3, 16).roll(i) for i in range(64)]))
+            weight[0] *= spread
+    return layer
+
+
+@pytest.mark.parametrize(("spread", "scales"), [(1.0, 1), (8.0, 2)])
+def test_a_states_rows_share_a_scale_where_that_loses_little(spread: float, scales: int, tmp_path: Path) -> None:
+    layer, x = _lstm(spread), torch.randn(5, 1, 8)
+    q = bs.quantize_dynamic(layer, example_inputs=x)
+    assert [len(scale.unique()) for scale in q.model.weight_hh_l0_scale] == [scales] * 2
+    path = bs.export_onnx(q, tmp_path / "m.onnx")
+    sizes = {tuple(i.dims) for i in onnx.load(path).graph.initializer if i.name.endswith("w_hh.scale")}
+    assert sizes == {(2,) if scales == 1 else (2, 64)}
+    assert bs.verify(q, path, x).passed
+    deployed = bs.deploy(q, engine="torch")
+    torch.testing.assert_close(deployed(x)[0], q(x)[0], rtol=0, atol=0.02)
+
+
+def test_an_lstm_is_loaded_into_one_whose_weights_lie_otherwise(tmp_path: Path) -> None:
+    q, x = bs.quantize_dynamic(_lstm(8.0)), torch.randn(5, 1, 8)
+    bs.save(q, tmp_path / "kept")
+    assert torch.equal(bs.load(tmp_path / "kept", _lstm(1.0))(x)[0], q(x)[0])

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def quantized():
 
 def test_engine_simulation_and_integer_executor_agree_to_the_bit(quantized):
     q, x = quantized
-    deployed = bs.deploy(q, "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        deployed = bs.deploy(q, "torch")
     for rows in (1, 3, 8):
         assert torch.equal(deployed(x[:rows]), q(x[:rows]))
     assert deployed.note == ""
@@ -208,7 +211,8 @@ def test_models_of_other_targets_run_too(target):
     torch.manual_seed(0)
     x = torch.randn(8, 3, 16, 16)
     q = bs.quantize(Net().eval(), [x], target=target)
-    deployed = bs.deploy(q, "torch")
+    with pytest.warns(UserWarning, match=f"target '{target}'.*quantize with target='torch'"):
+        deployed = bs.deploy(q, "torch")
     assert (deployed(x) - q(x)).abs().max() < 0.05 * q(x).abs().max()
     assert f"note: simulated for target '{target}'" in repr(deployed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from ..grid import TensorSpec
 from .laws import Activations, dequantized
 from .ops import dynamic_embedding, dynamic_linear
 from .weights import quantize_weight
+
+_Quantize = Callable[[Tensor, TensorSpec, str], tuple[Tensor, Tensor | None]]
 
 
 class DynamicLayer(nn.Module):
@@ -31,8 +33,10 @@ class DynamicLayer(nn.Module):
         self.activations = activations
         self._signal = self._noise = 0.0  # sums of squares, for the report
 
-    def _quantize(self, weight: Tensor, spec: TensorSpec, where: str) -> tuple[Tensor, Tensor | None]:
-        codes, scale = quantize_weight(weight, spec, where)
+    def _quantize(
+        self, weight: Tensor, spec: TensorSpec, where: str, quantize: _Quantize = quantize_weight
+    ) -> tuple[Tensor, Tensor | None]:
+        codes, scale = quantize(weight, spec, where)
         self._signal += float(weight.detach().double().square().sum())
         self._noise += float((dequantized(codes, scale) - weight.detach()).double().square().sum())
         return codes, scale

@@ -39,16 +39,8 @@ class Plan:
     target: Target
 
 
-def _linear(layer: Any, plan: Plan) -> DynamicLayer:
-    """With one output, quantizing the input would cost as much as the product, and scores lose by it."""
-    activations: Activations = "float" if layer.out_features == 1 else plan.activations
-    return DynamicLinear(layer.weight, layer.bias, plan.weights, activations, plan.name)
-
-
 def _sequence(layer: Any, plan: Plan) -> DynamicLayer:
-    """One scale per state matrix: per channel costs onnxruntime's LSTM a tenth of its speed and gains nothing."""
-    state = plan.weights.model_copy(update={"granularity": "tensor"})
-    return DynamicRecurrent(layer, plan.weights, state, sequence_activations(layer, plan), plan.name)
+    return DynamicRecurrent(layer, plan.weights, sequence_activations(layer, plan), plan.name)
 
 
 def sequence_activations(layer: nn.Module, plan: Plan) -> Activations:
@@ -59,7 +51,7 @@ def sequence_activations(layer: nn.Module, plan: Plan) -> Activations:
 
 # Type -> how its dynamic form is made. A subclass counts where it has kept the type's own forward.
 _LAYERS: dict[type[nn.Module], Callable[[Any, Plan], DynamicLayer]] = {
-    nn.Linear: _linear,
+    nn.Linear: lambda layer, plan: DynamicLinear(layer.weight, layer.bias, plan.weights, plan.activations, plan.name),
     nn.LSTM: _sequence,
     nn.GRU: _sequence,
     nn.RNN: _sequence,
@@ -192,6 +184,9 @@ def _replacements(
         used.update(hits)
         matched = [recipe.overrides[i] for i in hits]
         if any(o.exclude for o in matched):
+            continue
+        if getattr(layer, "out_features", 2) == 1 and not any(o.weights or o.activations for o in matched):
+            notes.append(f"{name} stays float: with one output, quantizing its input costs as much as the product")
             continue
         weights, activations = recipe.weights, recipe.activations
         for override in matched:

@@ -14,6 +14,7 @@ from .laws import Activations
 from .layers import DynamicLayer, DynamicLinear
 from .ops import dynamic_recurrent
 from .recurrence import cell, packed
+from .weights import quantize_state_weight, quantize_weight
 
 
 def recurrent_kind(layer: nn.Module) -> str:
@@ -29,18 +30,16 @@ class DynamicRecurrent(DynamicLayer):
     ``weight_hh_l{l}`` ``(directions, gates * hidden, hidden)``; ``bias_l{l}`` ``(directions, 2, gates * hidden)``.
     """
 
-    def __init__(
-        self, layer: nn.RNNBase, spec: TensorSpec, state_spec: TensorSpec, activations: Activations, name: str
-    ) -> None:
+    def __init__(self, layer: nn.RNNBase, spec: TensorSpec, activations: Activations, name: str) -> None:
         super().__init__(activations)
         self.kind, self.source = recurrent_kind(layer), type(layer).__name__
         self.input_size, self.hidden_size, self.num_layers = layer.input_size, layer.hidden_size, layer.num_layers
         self.batch_first, self.bidirectional = layer.batch_first, layer.bidirectional
         suffixes = ("", "_reverse") if layer.bidirectional else ("",)
         for index in range(layer.num_layers):
-            for part, numbers in (("weight_ih", spec), ("weight_hh", state_spec)):
+            for part, quantize in (("weight_ih", quantize_weight), ("weight_hh", quantize_state_weight)):
                 rows = [getattr(layer, f"{part}_l{index}{suffix}") for suffix in suffixes]
-                found = [self._quantize(w, numbers, f"{part}_l{index} of {name}") for w in rows]
+                found = [self._quantize(w, spec, f"{part}_l{index} of {name}", quantize) for w in rows]
                 scales = [scale for _, scale in found if scale is not None]
                 codes = torch.stack([codes for codes, _ in found])
                 self._store(f"{part}_l{index}", codes, torch.stack(scales) if scales else None)

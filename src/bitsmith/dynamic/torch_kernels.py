@@ -20,6 +20,7 @@ from . import laws
 from .layers import DynamicLinear
 from .model import DynamicModel
 from .recurrent_layers import DynamicRecurrent
+from .weights import merged
 
 if TYPE_CHECKING:
     from ..evaluate.latency import Latency
@@ -105,6 +106,7 @@ class TorchRecurrent(nn.Module):
             w_ih, s_ih, w_hh, s_hh, bias = layer.parameters_of(index)
             assert w_ih is not None
             assert w_hh is not None
+            s_hh = None if s_hh is None else merged(s_hh)
             for d in range(len(w_ih)):
                 both = torch.zeros(2, w_ih.shape[1]) if bias is None else bias[d]
                 if s_ih is None or s_hh is None:

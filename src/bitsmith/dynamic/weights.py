@@ -32,3 +32,22 @@ def quantize_weight(weight: Tensor, spec: TensorSpec, where: str) -> tuple[Tenso
         return weight.clamp(-limit, limit).half(), None
     grid = weight_grid(weight, spec)
     return quantize(weight.contiguous(), grid).contiguous(), grid.scale.contiguous()
+
+
+def quantize_state_weight(weight: Tensor, spec: TensorSpec, where: str) -> tuple[Tensor, Tensor | None]:
+    """The same for the matrix of a recurrent state: one scale for all rows where that costs less than 1 dB.
+
+    A scale per row costs onnxruntime's LSTM a tenth of its speed, and gains nothing where the rows are alike.
+    """
+    codes, scale = quantize_weight(weight, spec, where)
+    if scale is None or not scale.ndim:
+        return codes, scale
+    together, one = quantize_weight(weight, spec.model_copy(update={"granularity": "tensor"}), where)
+    assert one is not None
+    lost, least = ((c * s - weight.detach()).square().sum() for c, s in ((together, one), (codes, scale[:, None])))
+    return (together, one.expand_as(scale).clone()) if lost < 10**0.1 * least else (codes, scale)
+
+
+def merged(scale: Tensor) -> Tensor:
+    """Scales ``(directions, rows)`` as ``(directions,)`` where all rows of each direction have the same."""
+    return scale[:, 0].clone() if scale.ndim == 2 and bool((scale == scale[:, :1]).all()) else scale

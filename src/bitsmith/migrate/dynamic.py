@@ -115,7 +115,7 @@ def _sequence(module: Any, plan: Plan) -> DynamicLayer:
     with torch.no_grad():
         for name, value in {**weights, **(module.get_bias() if module.bias else {})}.items():
             getattr(layer, name).copy_(value.dequantize() if value.is_quantized else value)
-    new = DynamicRecurrent(layer, plan.weights, plan.weights, sequence_activations(layer, plan), plan.name)
+    new = DynamicRecurrent(layer, plan.weights, sequence_activations(layer, plan), plan.name)
     suffixes = ("", "_reverse") if module.bidirectional else ("",)
     for index in range(module.num_layers):
         for part in ("weight_ih", "weight_hh"):

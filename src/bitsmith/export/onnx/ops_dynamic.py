@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from ...dynamic.weights import merged
 from .builder import Builder
 from .ops_recurrent import ONNX_NAMES, emit_outputs, gate_rows
 from .registry import Call, Result, lowers
@@ -124,6 +125,7 @@ def _lstm_weight(call: Call, part: str, weight: Tensor, scale: Tensor | None) ->
     assert scale is not None
     name = f"{call.node.name}.{part}"
     codes = gate_rows("lstm", weight, 1).transpose(1, 2).contiguous()
+    scale = merged(scale)
     scale = gate_rows("lstm", scale, 1) if scale.ndim == 2 else scale
     zero = torch.zeros_like(scale, dtype=torch.int8)
     parts = (("codes", codes), ("scale", scale.contiguous()), ("zero_point", zero))
