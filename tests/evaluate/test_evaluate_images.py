@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+import bitsmith as bs
+from bitsmith.capture import read_batches
 from bitsmith.errors import CheckpointError, DataError
 from bitsmith.evaluate import Preprocess, load_data, load_model, stated_preprocess
 from bitsmith.evaluate.data import FolderData
 from bitsmith.evaluate.folders import read_label_map
+from bitsmith.options import apply_options
 
 HAS_VISION = all(importlib.util.find_spec(name) for name in ("timm", "torchvision"))
 needs_vision = pytest.mark.skipif(not HAS_VISION, reason="the vision extra is not installed")
@@ -198,6 +201,35 @@ def test_what_calibrates_takes_turns_between_classes_even_when_all_of_it_does(tm
             photo(tmp_path / label / f"{index}.png", 8, 8)
     data = load_data(str(tmp_path), samples=1000, preprocess=Preprocess(resize=0, crop=0), batch=3)
     assert all(sorted(y.tolist()) == [0, 1, 2] for _, y in data)
+
+
+def test_one_set_of_images_gives_one_model_whatever_its_form_and_layout(tmp_path: Path) -> None:
+    images = [photo(tmp_path / "images" / name / "1.png", 24, 24, seed) for seed, name in enumerate("abcdefgh")]
+    pixels = np.stack([np.asarray(image) for image in images])
+    np.savez(tmp_path / "nhwc.npz", x=pixels, y=np.arange(8))
+    np.savez(tmp_path / "nchw.npz", x=pixels.transpose(0, 3, 1, 2), y=np.arange(8))
+    preprocess = Preprocess(resize=0, crop=0)
+    forms = [list(load_data(str(tmp_path / name), samples=8, preprocess=preprocess))
+             for name in ("images", "nhwc.npz", "nchw.npz")]  # fmt: skip
+    forms.append([(x.contiguous(memory_format=torch.channels_last), y) for x, y in forms[0]])
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8),
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # of unequal channels, so that equalization, which amplifies a rounding, is kept
+        spread = torch.logspace(-1.5, 0.5, 8).view(-1, 1, 1, 1)
+        net[0].weight *= spread
+        net[2].weight /= spread
+    changes = {"weight-quant-granularity": "per_tensor", "graph-eq-iterations": 20, "weight-bit-width": 4, "gptq": True}
+    recipe = apply_options(bs.load_recipe("int8"), changes)
+    for batches in forms:  # the layout is what moves the last bits of sums on larger networks
+        assert all(x.is_contiguous() for (x,), _ in read_batches(net, batches))
+    models = [bs.quantize(net, batches, recipe) for batches in forms]
+    assert not any("undone" in note for note in models[0].report.notes)
+    first, *others = [model.state_dict() for model in models]
+    for other in others:
+        assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
 
 
 def test_empty_classes_count_and_are_told(tmp_path: Path) -> None:

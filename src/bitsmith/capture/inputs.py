@@ -121,7 +121,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 def read_batches(
     model: nn.Module, calibration: Iterable[Any], forward: ForwardFunction | None = None
 ) -> list[Arguments]:
-    """All calibration batches as arguments of the model; a clear error where there are none."""
+    """All calibration batches as arguments of the model; a clear error where there are none.
+
+    Tensors are laid out in order (NCHW, say, also where they came as channels_last): kernels add up in another order in
+    another layout, and rounding steps such as GPTQ make a model of its own of the last bit.
+    """
     if isinstance(calibration, Tensor):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
@@ -129,7 +133,8 @@ def read_batches(
             f"calibration must be an iterable of batches, not {type(calibration).__name__}; a single tensor "
             "is taken as one batch"
         )
-    batches = [batch_arguments(model, batch, forward) for batch in calibration]
+    found = [batch_arguments(model, batch, forward) for batch in calibration]
+    batches: list[Arguments] = torch.utils._pytree.tree_map_only(Tensor, Tensor.contiguous, found)
     if not batches:
         raise DataError("calibration is empty: give at least one batch (some hundred samples are usual)")
     first = _signature(batches[0])
