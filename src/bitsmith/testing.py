@@ -162,7 +162,9 @@ def _check_refusals(target: Target) -> None:
         for role, widths in (("weights", target.weight_bits), ("activations", target.activation_bits)):
             scale = target.scales[0]
             bias = TensorSpec(format=IntFormat(min(32, target.bias_bits)))
-            recipe = Recipe(**{role: TensorSpec(format=IntFormat(bits), scale=scale)}, bias=bias)
+            chosen = {"weights": target.weight_bits[-1], "activations": target.activation_bits[-1], role: bits}
+            specs = {name: TensorSpec(format=IntFormat(width), scale=scale) for name, width in chosen.items()}
+            recipe = Recipe(**specs, bias=bias)
             assert _takes(target, recipe) == (bits in widths), f"{role} of {bits} bits: check() disagrees with the data"
 
 

@@ -133,8 +133,8 @@ def read_batches(
             f"calibration must be an iterable of batches, not {type(calibration).__name__}; a single tensor "
             "is taken as one batch"
         )
-    found = [batch_arguments(model, batch, forward) for batch in calibration]
-    batches: list[Arguments] = torch.utils._pytree.tree_map_only(Tensor, Tensor.contiguous, found)
+    given = [batch_arguments(model, batch, forward) for batch in calibration]
+    batches: list[Arguments] = torch.utils._pytree.tree_map_only(Tensor, Tensor.contiguous, given)
     if not batches:
         raise DataError("calibration is empty: give at least one batch (some hundred samples are usual)")
     first = _signature(batches[0])

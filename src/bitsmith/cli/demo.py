@@ -27,7 +27,8 @@ def demo(
     from ..evaluate.job import Job, JobSettings, check_settings, run_job
 
     settings = check_settings(
-        JobSettings(recipe=recipe, target=target, latency=latency, sensitivity=sensitivity, latency_seconds=1.0)
+        JobSettings(recipe=recipe, target=target, latency=latency, sensitivity=sensitivity, latency_seconds=1.0),
+        files=True,
     )
     train, test = digits()
     job = Job(

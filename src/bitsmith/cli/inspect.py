@@ -16,7 +16,7 @@ from .app import NOT_CERTIFIED, app
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="What 'bitsmith quantize' wrote, or model.onnx in it", metavar="FOLDER")
+        Path, typer.Argument(help="What 'bitsmith quantize' wrote, or the model's file in it", metavar="FOLDER")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON")] = False,
     quiet: o.Quiet = False,

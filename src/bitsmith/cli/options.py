@@ -64,7 +64,7 @@ CalibrationBatch = Annotated[
     int | None,
     typer.Option(
         "--batch-size-calibration", min=1, show_default=False, rich_help_panel=_DATA,
-        help="Samples of a batch; another number may move a sum by a rounding, and with it GPTQ's choices [default: 50]",
+        help="Samples of a batch; another number moves sums by a rounding, and GPTQ with them [default: 50]",
     ),
 ]  # fmt: skip
 ValidationBatch = Annotated[

@@ -54,9 +54,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a verified file.
 
-    OUTPUT gets model.onnx (for MAX78000 model.pth.tar and model.yaml), recipe.yaml, report.json, the same as a
-    page, report.html, and what 'bitsmith verify' needs: all of it, or nothing. A table of accuracy, size and speed ends
-    the work.
+    OUTPUT gets model.onnx (for PyTorch model.pt, for MAX78000 model.pth.tar and model.yaml), recipe.yaml, report.json,
+    the same as a page, report.html, and what 'bitsmith verify' needs: all of it, or nothing. A table of accuracy, size
+    and speed ends the work.
     """
     from ..evaluate.job import JobSettings, run_job
 
@@ -71,7 +71,8 @@ def quantize(
         latency=latency,
         sensitivity=sensitivity,
     )
-    finish(run_job(make_job(model, weights, data, images, work, metric, settings), output))
+    job = make_job(model, weights, data, images, work, metric, settings, files=True)
+    finish(run_job(job, output))
 
 
 @app.command(cls=GroupedCommand)
@@ -135,7 +136,7 @@ def evaluate(
         memory=work.memory,
         latency=latency is not False,
     )
-    job = make_job(model, weights, data, images, work, metric, settings)
+    job = make_job(model, weights, data, images, work, metric, settings, files=output is not None)
     finish(simulate(job)[0] if output is None else run_job(job, output), layers=True, as_json=as_json)
 
 
@@ -147,15 +148,17 @@ def make_job(
     work: WorkOptions,
     metric: str | None,
     settings: JobSettings,
+    *,
+    files: bool,
 ) -> Job:
-    """Load what the options name; the job is then ready to run."""
+    """Load what the options name; the job, which writes ``files`` or not, is then ready to run."""
     from ..evaluate import load_metric, load_model, weights_note
     from ..evaluate.data import check_source
     from ..evaluate.images import Preprocess
     from ..evaluate.job import Job, check_settings
 
     # What costs least comes first: settings, the metric, whether there are data, and the model, which takes a while.
-    settings = check_settings(settings)
+    settings = check_settings(settings, files=files)
     device = _device(work)
     images.applied(Preprocess())
     measure = None if metric is None else load_metric(metric)

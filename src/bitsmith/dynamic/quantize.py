@@ -95,7 +95,7 @@ def quantize_dynamic(
     recipe, target = load_recipe(recipe), get_target(target)
     if more := tuple(overrides):
         recipe = Recipe.model_validate({**recipe.model_dump(), "overrides": (*recipe.overrides, *more)})
-    _check(recipe, target)
+    check_dynamic(recipe, target)
     check_finite(model)
     replaced, notes = _replacements(model, recipe, target)
     # deepcopy takes what is in its memo for the copy: shared layers stay shared, and no float weight is copied twice.
@@ -110,7 +110,8 @@ def quantize_dynamic(
     return q
 
 
-def _check(recipe: Recipe, target: Target) -> None:
+def check_dynamic(recipe: Recipe, target: Target) -> None:
+    """Refuse a recipe that does not find its scales at run time, or that the target has no kernels for."""
     if recipe.placement != "dynamic":
         raise RecipeError(
             f"recipe {recipe.name!r} has static activations: use bitsmith.quantize(model, calibration, recipe), or one "

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..capture.ops import module_of, quantizer_of
 from ..errors import ExportError
 from ..grid import Grid, IntFormat, Quantizer, quantize
+from ..grid.kernels import broadcast
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
 from .torch_graph import GraphCopy
@@ -49,30 +50,16 @@ class DequantizedParameter(nn.Module):
         super().__init__()
         if not isinstance(grid.format, IntFormat):
             raise ExportError(f"TorchScript files hold integers, not weights of {grid.format}")
-        self.register_buffer("codes", quantize(value.detach(), grid))
-        zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point.float()
-        self.blocks = None
-        shape = [1] * value.ndim
-        if grid.group_size is not None:
-            assert grid.axis is not None
-            axis = grid.axis % value.ndim
-            sizes = list(value.shape)
-            self.blocks = [*sizes[:axis], sizes[axis] // grid.group_size, grid.group_size, *sizes[axis + 1 :]]
-            scale, zero = grid.scale.unsqueeze(axis + 1), zero.unsqueeze(axis + 1)
-        elif grid.scale.ndim:
-            assert grid.axis is not None
-            shape[grid.axis] = -1
-            scale, zero = grid.scale.view(shape), zero.expand(grid.scale.shape).reshape(shape)
-        else:
-            scale = grid.scale
+        codes = quantize(value.detach(), grid)
+        blocks, scale, zero = broadcast(codes, grid)
+        self.blocks = list(blocks.shape)
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.detach().clone())
-        self.register_buffer("zero_point", zero.detach().clone())
+        self.register_buffer("zero_point", torch.zeros_like(scale) if zero is None else zero.float())
 
     def forward(self) -> Tensor:
         """The parameter."""
-        codes = self.codes.float()
-        if self.blocks is not None:
-            codes = codes.reshape(self.blocks)
+        codes = self.codes.float().reshape(self.blocks)
         return ((codes - self.zero_point) * self.scale).reshape(self.codes.shape)
 
 

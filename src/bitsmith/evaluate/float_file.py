@@ -1,4 +1,4 @@
-"""The float model as an ONNX file: what the quantized file's size and speed are held against."""
+"""The float model as a file: what the quantized file's size and speed are held against."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ def export_float_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Pat
     raise ExportError(
         f"the float model cannot be written as ONNX, so there is nothing to compare speed and size with: {last}"
     ) from last
+
+
+def export_float_script(model: nn.Module, inputs: tuple[Any, ...], path: str | Path) -> Path:
+    """Write ``model`` in float as TorchScript, traced."""
+    from ..engines import freeze, save_script
+
+    try:
+        with _quiet(), torch.no_grad():
+            return save_script(freeze(torch.jit.trace(model, inputs, check_trace=False)), path)  # type: ignore[no-untyped-call]
+    except Exception as error:  # torch.jit's errors, and those of the model's code, have no common base
+        raise ExportError(
+            f"torch.jit cannot trace the float model, so there is nothing to compare speed and size with: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

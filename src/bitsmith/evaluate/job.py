@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,7 +29,7 @@ from ..targets import get_target
 from ..verify import save_evidence, verify
 from ..verify.engines import EngineName, engine_for
 from .data import Data, FolderData
-from .float_file import export_float_onnx
+from .float_file import export_float_onnx, export_float_script
 from .latency import Latency, latency_of_files
 from .metrics import Metric, Metrics, Recorder, device_of, evaluate, split_batch
 from .progress import progress_callback
@@ -130,7 +130,7 @@ def simulate(job: Job) -> tuple[JobResult, nn.Module, Recorder]:
 
 def run_job(job: Job, output: str | Path) -> JobResult:
     """Quantize, write, verify and measure. ``output`` gets all files at the end, or, on an error, none."""
-    job = replace(job, settings=check_settings(job.settings))
+    job = replace(job, settings=check_settings(job.settings, files=True))
     with staged_dir(output) as folder:
         result, quantized, recorder = simulate(job)
         if device_of(job.model).type != "cpu":  # files are made, verified and timed where they run
@@ -232,10 +232,13 @@ def _write(job: Job, quantized: Any, folder: Path) -> None:
         job.say(f"exporting {CHIP_FILE} and its network description")
         export_ai8x(quantized, folder / CHIP_FILE)
         return
-    job.say(f"exporting {MODEL_FILE} (style {job.settings.style})")
-    style: Literal["qdq", "qcdq"] = "qcdq" if job.settings.style == "qcdq" else "qdq"  # decided by check_settings
-    with progress_callback(job.show_progress, f"exporting {MODEL_FILE}"):
-        export_onnx(quantized, folder / MODEL_FILE, style=style, opset=job.settings.opset)
+    name, style = _file(job, folder).name, job.settings.style
+    job.say(f"exporting {name} ({'TorchScript' if name == TORCH_FILE else f'style {style}'})")
+    with progress_callback(job.show_progress, f"exporting {name}"):
+        if name == TORCH_FILE:
+            export_torchscript(quantized, folder / name)
+        else:  # auto was decided by check_settings
+            export_onnx(quantized, folder / name, style="qcdq" if style == "qcdq" else "qdq", opset=job.settings.opset)
     recipe = folder / RECIPE_FILE
     if not recipe.exists():
         write_text(recipe, quantized.recipe.to_yaml())
@@ -289,26 +292,27 @@ def _engine(target: str) -> EngineName:
 
 
 def _file(job: Job, folder: Path) -> Path:
-    return folder / (CHIP_FILE if _engine(job.settings.target) == "ai8x" else MODEL_FILE)
+    return folder / {"ai8x": CHIP_FILE, "torch": TORCH_FILE}.get(_engine(job.settings.target), MODEL_FILE)
 
 
 def _weigh(job: Job, folder: Path, inputs: tuple[Any, ...], result: JobResult) -> None:
     """Sizes and times of the float and the quantized file; a float file that cannot be made is noted."""
     if _engine(job.settings.target) == "ai8x":
         return  # its numbers lie in the chip's memories, which the report's notes weigh
-    result.sizes["quantized"] = _size(folder / MODEL_FILE)
+    file = _file(job, folder)
+    result.sizes["quantized"] = _size(file)
     with tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch:
-        float_file = Path(scratch, "float.onnx")
+        float_file = Path(scratch, "float").with_suffix(file.suffix)
         try:
             with progress_callback(job.show_progress, "exporting the float model"):
-                export_float_onnx(job.model, inputs, float_file)
+                (export_float_script if file.name == TORCH_FILE else export_float_onnx)(job.model, inputs, float_file)
             result.sizes["float"] = _size(float_file)
             if job.settings.latency:
                 job.say(f"measuring latency of both files, about {job.settings.latency_seconds:.0f} s")
-                files = {"float": float_file, "quantized": folder / MODEL_FILE}
                 result.latency = latency_of_files(
-                    files, inputs, batches=job.settings.latency_batches, seconds=job.settings.latency_seconds
-                )
+                    {"float": float_file, "quantized": file}, inputs, batches=job.settings.latency_batches,
+                    seconds=job.settings.latency_seconds,
+                )  # fmt: skip
         except (ExportError, VerificationError) as error:
             result.notes.append(str(error))
 
@@ -329,7 +333,7 @@ def _sample_inputs(data: Data) -> list[tuple[Any, ...]]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of an ONNX file with its external data, if any."""
+    """Bytes of a file with its external data, if any."""
     return sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
 
 

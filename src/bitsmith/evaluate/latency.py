@@ -93,17 +93,43 @@ def onnxruntime_runner(session: Any, inputs: Mapping[str, Any]) -> Callable[[], 
 def latency_of_files(
     files: Mapping[str, Path], inputs: tuple[Any, ...], *, batches: tuple[int, ...], seconds: float
 ) -> dict[str, dict[str, Latency]]:
-    """Times of ONNX files in onnxruntime for each batch size; where one fixes its batch, for that one only."""
-    threads = torch.get_num_threads()
-    sessions = {name: onnxruntime_session(file, threads) for name, file in files.items()}
-    fixed = [s.get_inputs()[0].shape[0] for s in sessions.values()]
-    sizes = next(((size,) for size in fixed if isinstance(size, int)), batches)
+    """Times of ONNX files in onnxruntime, or TorchScript files in torch, for each batch size, on torch's threads.
+
+    Where a file fixes its batch, it is timed for that one only.
+    """
+    open_file = _opened_script if all(file.suffix == ".pt" for file in files.values()) else _opened_onnx
+    opened = {name: open_file(file) for name, file in files.items()}
+    sizes = next(((size,) for size, _ in opened.values() if size is not None), batches)
     found = {}
     for size in sizes:
         arrays = [np.ascontiguousarray(np.resize(value.numpy(), (size, *value.shape[1:]))) for value in inputs]
-        runners = {}
-        for name, session in sessions.items():
-            names = [entry.name for entry in session.get_inputs()]
-            runners[name] = onnxruntime_runner(session, dict(zip(names, arrays)))
+        runners = {name: make(arrays) for name, (_, make) in opened.items()}
         found[str(size)] = interleaved_latency(runners, seconds=seconds / len(sizes))
     return found
+
+
+_Opened = tuple[int | None, Callable[[list[Any]], Callable[[], Any]]]  # its batch, if fixed, and what runs it on arrays
+
+
+def _opened_onnx(path: Path) -> _Opened:
+    session = onnxruntime_session(path, torch.get_num_threads())
+    size = session.get_inputs()[0].shape[0]
+    names = [entry.name for entry in session.get_inputs()]
+    return size if isinstance(size, int) else None, lambda arrays: onnxruntime_runner(session, dict(zip(names, arrays)))
+
+
+def _opened_script(path: Path) -> _Opened:
+    from ..engines import freeze, load_script
+
+    program = freeze(load_script(path))
+
+    def runner(arrays: list[Any]) -> Callable[[], Any]:
+        tensors = [torch.from_numpy(array) for array in arrays]
+
+        def run() -> None:
+            with torch.no_grad():
+                program(*tensors)
+
+        return run
+
+    return None, runner

@@ -29,6 +29,8 @@ def _chip(name: str, description: str, limits: ChipLimits) -> Target:
         integer_bits=(1, 2, 4, 8),
         floats=False,
         symmetric_activations=True,
+        symmetric_weights=True,
+        granularities=("tensor",),
         integer_operators=frozenset(_COMPUTE | _KEEPS_SCALE),
         keeps_scale=frozenset(_KEEPS_SCALE),
         float_output=frozenset({"conv", "linear"}),

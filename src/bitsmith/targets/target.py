@@ -81,8 +81,9 @@ class Target(BaseModel):
     1 in steps of the accumulator. ``average_rounding``: average pooling rounds, instead of cutting toward zero.
     ``limits``: what fits into a chip. ``per_tensor``: operators that run in integers only where their weights share
     one scale; ``tensor_weights``: operators whose weights get one scale, whatever the recipe says.
-    ``granularities``: how fine weight scales may be. ``all_ranges``: every tensor needs a grid, outputs included.
-    ``same_signs``: both operands and the result of a matmul are signed. ``tidl``: files keep the rules of TI's import.
+    ``granularities``: how fine weight scales may be; ``symmetric_weights``: without zero points. ``all_ranges``: every
+    tensor needs a grid, outputs included. ``same_signs``: both operands and the result of a matmul are signed.
+    ``tidl``: files keep the rules of TI's import.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,6 +113,7 @@ class Target(BaseModel):
     per_tensor: frozenset[str] = frozenset()
     tensor_weights: frozenset[str] = frozenset()
     granularities: tuple[Literal["tensor", "channel", "group"], ...] = ("tensor", "channel", "group")
+    symmetric_weights: bool = False
     all_ranges: bool = False
     same_signs: bool = False
     tidl: TidlDevice | None = None
@@ -146,6 +148,17 @@ class Target(BaseModel):
                     f"target {self.name} has biases of {self.bias_bits} bits at most, but the recipe has "
                     f"{part.bias.format.bits}"
                 )
+        if self.all_ranges or self.limits is not None:
+            self._check_integers_alone(recipe)
+
+    def _check_integers_alone(self, recipe: Recipe) -> None:
+        missing = "activations" if recipe.activations is None else "biases" if recipe.bias is None else None
+        missing = "results of layers" if recipe.placement == "layerwise" else missing
+        if missing is not None:
+            raise RecipeError(
+                f"target {self.name} computes in integers alone, but recipe {recipe.name!r} (placement "
+                f"{recipe.placement!r}) leaves {missing} in float; its own recipe is {self.default_recipe!r}"
+            )
 
     def _check_spec(self, role: str, spec: TensorSpec, widths: tuple[int, ...]) -> None:
         if isinstance(spec.format, FloatFormat):
@@ -165,6 +178,8 @@ class Target(BaseModel):
                 f"target {self.name} takes weight scales per {' or '.join(self.granularities)}, but the recipe's are "
                 f"per {spec.granularity}; its own recipe is {self.default_recipe!r}"
             )
+        if role == "weights" and self.symmetric_weights and not spec.symmetric:
+            raise RecipeError(f"target {self.name} has no zero points of weights: make the recipe's weights symmetric")
         if role == "activations" and self.symmetric_activations and not spec.symmetric:
             raise RecipeError(
                 f"target {self.name} has no zero points: make the recipe's activations symmetric, or use its own "

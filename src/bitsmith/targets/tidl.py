@@ -32,6 +32,7 @@ def _device(name: str, description: str, device: TidlDevice) -> Target:
         floats=False,
         scales=("po2",) if device.po2 else ("float32", "po2"),
         symmetric_activations=device.po2,
+        symmetric_weights=True,
         granularities=("tensor",) if device.po2 else ("tensor", "channel"),
         tensor_weights=frozenset({"conv_transpose"}),
         integer_operators=frozenset(_COMPUTE | _RESCALE),

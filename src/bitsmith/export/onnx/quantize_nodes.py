@@ -175,7 +175,7 @@ def emit_parameter(
 
     if grid is None:
         return builder.initializer(name, arrange(tensor), share=True)
-    if grid.group_size is not None and not _blocked(builder, grid):
+    if grid.group_size is not None and not _blocked(builder, tensor, grid):
         return _emit_rows_of_groups(builder, name, tensor, grid, transposed)
     codes = arrange(quantize(tensor, grid))
     axis = grid.axis
@@ -190,26 +190,28 @@ def emit_parameter(
     return _dequantize_codes(builder, name, codes, grid, scale, zero, axis if scale.ndim else None, grid.group_size)
 
 
-def _blocked(builder: Builder, grid: Grid) -> bool:
+def _blocked(builder: Builder, tensor: Tensor, grid: Grid) -> bool:
     """Whether groups are written with DequantizeLinear's block_size.
 
-    onnxruntime 1.31 takes an 8-bit blocked weight for a per-column one and fails, so only 4-bit codes are.
+    onnxruntime 1.31 takes an 8-bit blocked weight for a per-column one and fails, so only 4-bit codes are; OpenVINO
+    2026.4 has no last block that is shorter.
     """
-    assert isinstance(grid.format, IntFormat)
-    return builder.opset >= _BLOCK_OPSET and grid.format.bits <= 4 and builder.pack_int4
+    assert grid.group_size is not None
+    whole = tensor.shape[grid.axis or 0] % grid.group_size == 0
+    packed = isinstance(grid.format, IntFormat) and grid.format.bits <= 4 and builder.pack_int4
+    return whole and packed and builder.opset >= _BLOCK_OPSET
 
 
 def _emit_rows_of_groups(builder: Builder, name: str, tensor: Tensor, grid: Grid, transposed: bool) -> str:
-    """Groups as the rows of a matrix, a scale each; put back into the weight's shape once dequantized."""
+    """Groups as the rows of a matrix, a scale each; put back into the weight's shape once dequantized.
+
+    A last group that is shorter is filled up, and cut off again.
+    """
     axis = (grid.axis or 0) % tensor.ndim
     size = grid.group_size
     assert size is not None
-    if tensor.shape[axis] % size:
-        raise ExportError(
-            f"ONNX export of {name}: {tensor.shape[axis]} elements do not divide into groups of {size};"
-            " choose a group size that divides them"
-        )
-    moved = quantize(tensor, grid).movedim(axis, -1)
+    length = tensor.shape[axis]
+    moved = nn.functional.pad(quantize(tensor, grid).movedim(axis, -1), (0, -length % size))
     scale, zero = (
         grid.scale.float().movedim(axis, -1).flatten(),
         _zero_points(grid).movedim(axis, -1).flatten(),
@@ -217,6 +219,10 @@ def _emit_rows_of_groups(builder: Builder, name: str, tensor: Tensor, grid: Grid
     rows = _dequantize_codes(builder, name, moved.reshape(-1, size), grid, scale, zero, 0, None)
     shape = builder.constant(torch.tensor(moved.shape), "weight_shape")
     (weight,) = builder.emit("Reshape", [rows, shape], name=f"{name}_grouped")
+    if moved.shape[-1] > length:
+        ends = [builder.constant(torch.tensor([value]), what) for value, what in
+                ((0, "group_start"), (length, "group_end"), (-1, "group_axis"))]  # fmt: skip
+        (weight,) = builder.emit("Slice", [weight, *ends], name=f"{name}_cut")
     order = list(range(tensor.ndim))
     order.insert(axis, order.pop())
     if transposed and tensor.ndim == 2:
