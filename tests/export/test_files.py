@@ -40,6 +40,15 @@ def test_a_pt2_file_loads_without_bitsmith_s_model_and_computes_the_same(
         torch.testing.assert_close(loaded(batch), q(batch), rtol=1e-4, atol=1e-4)
 
 
+def test_a_pt2_file_takes_any_batch_of_large_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval(), torch.randn(7, 3, 64, 64)
+    q = bs.quantize(net, [x])
+    loaded = torch.export.load(str(bs.export_pt2(q, tmp_path / "m.pt2"))).module()
+    for batch in (x[:1], x):
+        torch.testing.assert_close(loaded(batch), q(batch), rtol=0, atol=0.02)
+
+
 def test_a_one_dimensional_pool_runs_in_integers(conv: tuple[nn.Module, Tensor]) -> None:
     net, x = conv
     q = bs.quantize(net, [x])

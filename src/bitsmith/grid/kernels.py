@@ -318,6 +318,7 @@ def flat_view(x: Tensor) -> Tensor | None:
 def _formula(x: Tensor, grid: Grid) -> Tensor:
     """The definition out of place, for tracers."""
     blocks, law = _law(x, grid, scalars=False)
+    law = law._replace(short=False)  # how to round may not depend on the size: a tracer would fix the batch by it
     return (_round(blocks / law.scale, law).to(torch.float32) * law.scale).reshape(x.shape)
 
 
