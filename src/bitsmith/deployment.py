@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +43,8 @@ class Deployed:
         self.module = module
         self.timings: dict[str, Latency] = {}
         self.note = "" if model is None else _rounding(model, engine.name)
-        self._folder = folder  # holds the file for as long as the runtime may read it
+        if folder is not None:  # holds the file for as long as the runtime may read it
+            weakref.finalize(self, folder.cleanup)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs in the model's own structure; of a file alone a tensor, or a tuple of tensors."""

@@ -80,7 +80,10 @@ class QuantizedModel(nn.Module):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if len(leaves) != len(placeholders):
             wanted = [n.name for n in placeholders]
-            raise DataError(f"the model was captured with inputs {wanted}, but {len(leaves)} values were given")
+            raise DataError(
+                f"the model was captured with inputs {wanted}, but {len(leaves)} values were given; optional "
+                "inputs are captured where example or calibration batches have them by name, {'x': ..., 'mask': ...}"
+            )
         for node, value in zip(placeholders, leaves):
             expected = node.meta.get("val")
             if not isinstance(expected, Tensor) or not isinstance(value, Tensor):

@@ -65,7 +65,10 @@ class QuantizedTensor:
         """
         if not bool(x.isfinite().all()):
             raise NonFiniteError("the tensor holds NaN or infinite values: integers have neither")
-        fmt = IntFormat(bits, signed=signed)
+        try:
+            fmt = IntFormat(bits, signed=signed)
+        except ValueError as error:
+            raise RecipeError(f"bits={bits!r}: a QuantizedTensor has 2 to 32 bits") from error
         axis = None if axis is None else axis % max(x.ndim, 1)
         if scale is None:
             if zero_point is not None:

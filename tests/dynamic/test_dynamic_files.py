@@ -123,6 +123,19 @@ def test_batch_and_length_are_free_in_the_file(tmp_path: Path) -> None:
         assert np.allclose(found, q(x).numpy(), atol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding", [None, 3])
+def test_bags_by_offsets_have_a_file(mode: str, padding: int | None) -> None:
+    torch.manual_seed(0)
+    last = mode == "mean"
+    q = bs.quantize_dynamic(nn.EmbeddingBag(20, 6, mode=mode, padding_idx=padding, include_last_offset=last))
+    q(torch.randint(0, 20, (12,)), torch.tensor([0, 3, 3, 12]))
+    run = bs.deploy(q, threads=1)
+    for count, offsets in ((12, [0, 3, 3, 12]), (30, [0, 0, 4, 20, 29, 30])):
+        args = torch.randint(0, 20, (count,)), torch.tensor(offsets)
+        torch.testing.assert_close(run(*args), q(*args), rtol=0, atol=1e-6)
+
+
 def test_a_quantized_input_is_quantized_once_for_all_its_readers(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -31,6 +31,10 @@ class Tagger(nn.Module):
 def test_a_model_in_which_nothing_would_change_is_an_error_that_says_what_it_holds() -> None:
     with pytest.raises(PlacementError, match=r"1 Conv2d, 2 ReLU.*Linear, LSTM.*bitsmith.quantize"):
         bs.quantize_dynamic(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU()))
+    with pytest.raises(PlacementError, match="the model stays float: with one output"):
+        bs.quantize_dynamic(nn.Linear(8, 1))
+    with pytest.raises(RecipeError, match=r"not a set of layer types.*type:LSTM"):
+        bs.quantize_dynamic(nn.Linear(8, 8), {nn.Linear})  # type: ignore[arg-type]
     with pytest.raises(PlacementError, match="excluded"):
         bs.quantize_dynamic(nn.Linear(3, 4), overrides=[bs.Override(match="*", exclude=True)])
 

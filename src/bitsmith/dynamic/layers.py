@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..grid import TensorSpec
 from .laws import Activations, dequantized
-from .ops import dynamic_embedding, dynamic_linear
+from .ops import dynamic_embedding, dynamic_linear, embedding
 from .weights import quantize_weight
 
 _Quantize = Callable[[Tensor, TensorSpec, str], tuple[Tensor, Tensor | None]]
@@ -116,6 +116,17 @@ class DynamicLinear(DynamicLayer):
         return part
 
 
+def _tracing() -> bool:
+    """Whether a TorchScript file is being made."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _look_up(indices: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The dequantized rows; a TorchScript file, which runs without Bitsmith, has them in torch's own operators."""
+    rows: Tensor = (embedding if _tracing() else dynamic_embedding)(indices, weight, scale)
+    return rows
+
+
 class DynamicEmbedding(DynamicLayer):
     """``nn.Embedding`` with 8-bit (or float16) rows; rows are dequantized as they are looked up."""
 
@@ -135,7 +146,7 @@ class DynamicEmbedding(DynamicLayer):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Indices of any shape to vectors along a new last axis."""
-        return dynamic_embedding(indices, self.weight, self.weight_scale)  # type: ignore[no-any-return]
+        return _look_up(indices, self.weight, self.weight_scale)
 
 
 class DynamicEmbeddingBag(DynamicLayer):
@@ -157,27 +168,51 @@ class DynamicEmbeddingBag(DynamicLayer):
         self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """Bags ``(batch, length)``, or one flat list of indices with the offset of each bag, to ``(batch, dim)``."""
-        if indices.ndim == 2 and offsets is None and self.mode != "max":
+        if indices.ndim == 2 and offsets is None:
             return self._equal_bags(indices, per_sample_weights)
+        if offsets is not None and (torch.compiler.is_compiling() or (_tracing() and self.padding_idx is not None)):
+            return self._bags_for_files(indices, offsets, per_sample_weights)
         # Only the rows that are looked up are dequantized; equal indices stay equal, so that padding is found.
         used, places = torch.unique(indices, return_inverse=True)
         padding = None
         if self.padding_idx is not None and bool((hit := (used == self.padding_idx).nonzero()).numel()):
             padding = int(hit)
         return F.embedding_bag(
-            places, dynamic_embedding(used, self.weight, self.weight_scale), offsets, mode=self.mode,
+            places, _look_up(used, self.weight, self.weight_scale), offsets, mode=self.mode,
             per_sample_weights=per_sample_weights, include_last_offset=self.include_last_offset, padding_idx=padding,
         )  # fmt: skip
 
     def _equal_bags(self, indices: Tensor, per_sample_weights: Tensor | None) -> Tensor:
-        """Sum or mean over bags of one length, in operators that every runtime has."""
-        rows: Tensor = dynamic_embedding(indices, self.weight, self.weight_scale)
-        counts: Tensor | None = None
-        if self.padding_idx is not None:
-            used = (indices != self.padding_idx).to(rows.dtype)
-            rows, counts = rows * used.unsqueeze(-1), used.sum(1, keepdim=True).clamp(min=1.0)
+        """Bags of one length, in operators that every runtime has."""
+        rows = _look_up(indices, self.weight, self.weight_scale)
+        used = None if self.padding_idx is None else (indices != self.padding_idx).unsqueeze(-1)
+        if self.mode == "max":
+            return rows.amax(1) if used is None else _largest(rows, used)
+        if used is not None:
+            rows = rows * used.to(rows.dtype)
         if per_sample_weights is not None:
             rows = rows * per_sample_weights.unsqueeze(-1)
         if self.mode == "sum":
             return rows.sum(1)
-        return rows.mean(1) if counts is None else rows.sum(1) / counts
+        return rows.mean(1) if used is None else rows.sum(1) / used.to(rows.dtype).sum(1).clamp(min=1.0)
+
+    def _bags_for_files(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None) -> Tensor:
+        """Bags by their offsets, which ONNX has no operator for: a matrix says which rows are in which bag."""
+        rows = _look_up(indices, self.weight, self.weight_scale)
+        first = offsets[:-1] if self.include_last_offset else offsets
+        places = torch.arange(indices.shape[0], device=indices.device)
+        begun = (places >= first.unsqueeze(1)).to(rows.dtype)  # (bags, indices)
+        inside = begun - F.pad(begun[1:], (0, 0, 0, 1))  # begun here, and the next bag not yet
+        if self.padding_idx is not None:
+            inside = inside * (indices != self.padding_idx).to(rows.dtype)
+        if self.mode == "max":
+            return _largest(rows, inside.unsqueeze(-1) > 0)
+        if self.mode == "mean":
+            inside = inside / inside.sum(1, keepdim=True).clamp(min=1.0)
+        return (inside if per_sample_weights is None else inside * per_sample_weights) @ rows
+
+
+def _largest(rows: Tensor, used: Tensor) -> Tensor:
+    """The maximum over the rows (axis 1) that are used, 0 where none is; both broadcast to ``(bags, rows, dim)``."""
+    largest = torch.where(used, rows, -math.inf).amax(1)
+    return torch.where(used.to(rows.dtype).amax(1) > 0, largest, 0.0)

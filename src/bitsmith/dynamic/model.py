@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..capture import capture
 from ..capture.inputs import Arguments, batch_arguments
-from ..errors import DataError
+from ..errors import CaptureError, DataError
 from ..model import QuantizedModel
 from ..recipe import Recipe
 from ..report.model import Report
@@ -59,18 +59,28 @@ class DynamicModel(nn.Module):
         self.example_inputs = batch if is_arguments else batch_arguments(self.model, batch)
         self._captured = None
 
+    def example(self) -> Arguments:
+        """Arguments that the model takes. Raises DataError where none are known yet."""
+        if self.example_inputs is None:
+            raise DataError(
+                "a file is made from a graph, and a graph from one batch of inputs: run the model once, or pass "
+                "example_inputs=batch to quantize_dynamic"
+            )
+        return self.example_inputs
+
     def captured(self) -> QuantizedModel:
         """The same computation as a graph, which exporters and certificates read.
 
         Raises DataError where no inputs are known yet, and CaptureError where torch.export cannot follow the model.
         """
         if self._captured is None:
-            if self.example_inputs is None:
-                raise DataError(
-                    "a file is made from a graph, and a graph from one batch of inputs: run the model once, or pass "
-                    "example_inputs=batch to quantize_dynamic"
-                )
-            graph = capture(self.model, self.example_inputs, free_length=True, whole_attention=True)
+            try:
+                graph = capture(self.model, self.example(), free_length=True, whole_attention=True)
+            except CaptureError as error:
+                raise CaptureError(
+                    f"no file can be made: {error}\n  A file takes plain tensors, no packed sequences. The model runs "
+                    "without a graph: call it, or deploy(q, engine='torch')"
+                ) from error
             graph.meta["float_bytes"] = self.float_bytes
             self._captured = QuantizedModel(graph, self.recipe, self.target, self.report, self.signature)
         return self._captured

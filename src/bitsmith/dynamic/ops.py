@@ -18,7 +18,8 @@ _RECURRENT = (
 )
 
 
-def _embedding(indices: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def embedding(indices: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The rows of an 8-bit (or float16) table, dequantized."""
     rows = weight[indices].float()
     if scale is None:
         return rows
@@ -56,7 +57,7 @@ _define(
     laws.linear,
     _fake_linear,
 )
-_define("dynamic_embedding(Tensor indices, Tensor weight, Tensor? scale) -> Tensor", _embedding, _fake_embedding)
+_define("dynamic_embedding(Tensor indices, Tensor weight, Tensor? scale) -> Tensor", embedding, _fake_embedding)
 _define("dynamic_recurrent" + _RECURRENT, recurrence.recurrent, _fake_recurrent)
 
 dynamic_linear = torch.ops.bitsmith.dynamic_linear.default

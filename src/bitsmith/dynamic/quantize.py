@@ -90,6 +90,11 @@ def quantize_dynamic(
     torch.Size([2, 4])
     """
     check_arguments(model)
+    if isinstance(recipe, set | frozenset | list | tuple | dict):  # torch.ao's qconfig_spec
+        raise RecipeError(
+            "quantize_dynamic takes a recipe, not a set of layer types: every layer with a dynamic form is quantized; "
+            "leave some out with overrides=[bitsmith.Override(match='type:LSTM', exclude=True)]"
+        )
     if any(isinstance(module, DynamicLayer) for module in model.modules()):
         raise PlacementError("this model is quantized already: quantize the float model that it came from")
     recipe, target = load_recipe(recipe), get_target(target)
@@ -170,7 +175,7 @@ def _replacements(
     candidates, notes = _candidates(model), list[str]()
     for index, (name, layer) in list(candidates.items()):
         if getattr(layer, "proj_size", 0):
-            notes.append(f"{name} stays float: no runtime has an integer LSTM with proj_size")
+            notes.append(f"{name or 'the model'} stays float: no runtime has an integer LSTM with proj_size")
             del candidates[index]
     replaced: dict[int, DynamicLayer] = {}
     used: set[int] = set()
@@ -187,7 +192,10 @@ def _replacements(
         if any(o.exclude for o in matched):
             continue
         if getattr(layer, "out_features", 2) == 1 and not any(o.weights or o.activations for o in matched):
-            notes.append(f"{name} stays float: with one output, quantizing its input costs as much as the product")
+            notes.append(
+                f"{name or 'the model'} stays float: with one output, quantizing its input costs more than it gains; "
+                "an override with weights quantizes it"
+            )
             continue
         weights, activations = recipe.weights, recipe.activations
         for override in matched:
@@ -199,9 +207,11 @@ def _replacements(
     if not replaced:
         held = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(held.items())) or "no layers"
+        why = f" ({'; '.join(notes)})" if notes else ""
         raise PlacementError(
             f"nothing in {type(model).__name__} would be quantized: it holds {counts}"
-            f"{', all of which are excluded or stay float' if _candidates(model) else ''}. Dynamic quantization takes "
+            f"{', all of which are excluded or stay float' if _candidates(model) else ''}"
+            f"{why}. Dynamic quantization takes "
             f"{', '.join(kind.__name__ for kind in _LAYERS)}; for convolutions use bitsmith.quantize with calibration"
         )
     return replaced, notes

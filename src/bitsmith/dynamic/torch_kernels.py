@@ -51,7 +51,6 @@ class TorchLinear(nn.Module):
         self.layer = [layer]  # in a list, so that it is no submodule and its weights not kept twice by name
         self.activations, self.bias = layer.activations, layer.bias
         self.reduce_range = _saturates()
-        self.parts: dict[tuple[int, int], TorchLinear] = {}
         self.shape = tuple(layer.weight.shape)
         weight, scale = layer.weight, layer.weight_scale
         self.kind: str = self.activations
@@ -84,9 +83,11 @@ class TorchLinear(nn.Module):
 
     def rows(self, start: int, end: int) -> TorchLinear:
         """The layer that yields a part of the outputs; packed at its first use."""
-        if (start, end) not in self.parts:
-            self.parts[start, end] = TorchLinear(self.layer[0].rows(start, end))
-        return self.parts[start, end]
+        name = f"rows_{start}_{end}"
+        if not hasattr(self, name):
+            self.add_module(name, TorchLinear(self.layer[0].rows(start, end)))
+        part: TorchLinear = getattr(self, name)
+        return part
 
     def extra_repr(self) -> str:
         """Shape and kernel."""
@@ -100,7 +101,6 @@ class TorchRecurrent(nn.Module):
         super().__init__()
         self.kind, self.num_layers, self.hidden_size = layer.kind, layer.num_layers, layer.hidden_size
         self.batch_first, self.bidirectional, self.sizes = layer.batch_first, layer.bidirectional, layer.extra_repr()
-        self.params: list[Any] = []
         reduce_range = _saturates()
         for index in range(layer.num_layers):
             w_ih, s_ih, w_hh, s_hh, bias = layer.parameters_of(index)
@@ -117,7 +117,7 @@ class TorchRecurrent(nn.Module):
                 else:
                     parts = [_packed(w[d], s[d], b) for w, s, b in ((w_ih, s_ih, both[0]), (w_hh, s_hh, both[1]))]
                     cell = torch.ops.quantized.make_quantized_cell_params_dynamic(*parts, *both, reduce_range)
-                self.params.append(cell)
+                setattr(self, f"cell_{index}_{d}", cell)  # an attribute each, which torch.jit can trace
 
     def forward(self, x: Any, hx: Any = None) -> Any:
         """As in ``torch.nn``."""
@@ -136,7 +136,8 @@ class TorchRecurrent(nn.Module):
         if self.kind == "lstm":
             options = {"dtype": torch.qint8, "use_dynamic": True}
         layout = () if packed else (self.batch_first,)
-        arguments = (first, self.params, True, self.num_layers, 0.0, False, self.bidirectional, *layout)
+        cells = [getattr(self, f"cell_{i}_{d}") for i in range(self.num_layers) for d in range(1 + self.bidirectional)]
+        arguments = (first, cells, True, self.num_layers, 0.0, False, self.bidirectional, *layout)
         out, *last = function(data, *sizes, *arguments, **options)
         if packed:
             if x.unsorted_indices is not None:

@@ -2,6 +2,16 @@
 
 from .torch_build import build_torch
 from .torch_qcdq import build_qcdq
-from .torch_script import example_inputs, freeze, load_script, repacked, save_script, script
+from .torch_script import example_inputs, freeze, load_script, repacked, save_script, script, script_dynamic
 
-__all__ = ["build_qcdq", "build_torch", "example_inputs", "freeze", "load_script", "repacked", "save_script", "script"]
+__all__ = [
+    "build_qcdq",
+    "build_torch",
+    "example_inputs",
+    "freeze",
+    "load_script",
+    "repacked",
+    "save_script",
+    "script",
+    "script_dynamic",
+]

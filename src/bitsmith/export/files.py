@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,15 +53,16 @@ def export_onnx(
 
 
 def export_torchscript(
-    q: QuantizedModel, path: str | Path, style: Literal["int8", "qcdq"] = "int8"
-) -> Path:  # fmt: skip
+    q: QuantizedModel | DynamicModel, path: str | Path, style: Literal["int8", "qcdq"] = "int8"
+) -> Path:
     """Write ``q`` as TorchScript, which ``torch.jit.load`` reads and runs without Bitsmith, at any batch size.
 
     ``style="int8"`` runs on PyTorch's int8 CPU kernels (x86-64); its integers are those of ``deploy(q, "torch")``.
     ``"qcdq"`` holds plain quantize, clamp and dequantize arithmetic around float layers, for any device and width
     up to 16 bits; parameters are stored as integers in both. Inputs are the model's tensors in order; several
     outputs come as a flat tuple. The file appears whole or not at all. Raises ExportError where the model holds
-    small floats or scales found at run time, or where torch.jit cannot trace it.
+    small floats, or where torch.jit cannot trace it. A dynamically quantized model is written on torch's dynamic
+    kernels (style ``"int8"``), its outputs in its own structure.
 
     >>> import bitsmith as bs, tempfile, pathlib
     >>> q = bs.quantize(nn.Linear(4, 2), [torch.randn(32, 4)], target="torch")
@@ -70,12 +72,16 @@ def export_torchscript(
     >>> bool((file(x) == q(x)).all())
     True
     """
-    from ..engines import build_qcdq, build_torch, save_script, script
+    from ..engines import build_qcdq, build_torch, save_script, script, script_dynamic
 
     if style not in ("int8", "qcdq"):
         raise ExportError(f"style={style!r} is not known: TorchScript files are 'int8' or 'qcdq'")
     if Path(path).suffix != TORCHSCRIPT_SUFFIX:
         raise ExportError(f"{path}: name a TorchScript file .pt, so that its engine can be told")
+    if not isinstance(q, QuantizedModel):
+        if style != "int8":
+            raise ExportError("scales that are found at run time have kernels in style 'int8' alone")
+        return save_script(script_dynamic(q), path)
     module = build_torch(q, portable=True) if style == "int8" else build_qcdq(q)
     return save_script(script(module, q), path)
 
@@ -116,7 +122,8 @@ def export_pt2(q: QuantizedModel | DynamicModel, path: str | Path) -> Path:
             program = torch.export.export(_Simulation(q), args, dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch raises many types here
         raise ExportError(f"torch.export cannot follow the quantized model: {error}") from error
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor")  # said of every buffer that is a part of another
         torch.export.save(program, str(temporary))
     return Path(path)
 

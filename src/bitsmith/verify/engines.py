@@ -138,14 +138,24 @@ def script_engine(program: Any, threads: int | None = None) -> Engine:
             results = call(*(torch.from_numpy(feeds[name]) for name in names))
         except RuntimeError as error:
             raise VerificationError(f"torch {torch.__version__} cannot run the file: {error}") from error
-        return [r.numpy() for r in (results if isinstance(results, tuple) else (results,))]
+        return [r.numpy() for r in torch.utils._pytree.tree_leaves(results)]
 
     graph = program.inlined_graph  # holds its nodes alive
     kinds = Counter(node.kind() for node in graph.nodes() if node.kind().startswith(_TORCH_COUNTED))
-    result = next(graph.outputs()).node()
-    count = len(list(result.inputs())) if result.kind() == "prim::TupleConstruct" else 1
+    count = _tensors_in(next(graph.outputs()))
     outputs = [f"output_{index}" for index in range(count)] if count > 1 else ["output"]
     return Engine("torch", torch.__version__, names, outputs, run, kinds, call)
+
+
+def _tensors_in(value: Any) -> int:
+    """How many tensors a value of a TorchScript graph holds, which may be a tuple or a dict of them."""
+    node = value.node()
+    parts = list(node.inputs())
+    if node.kind() == "prim::DictConstruct":
+        parts = parts[1::2]
+    elif node.kind() not in ("prim::TupleConstruct", "prim::ListConstruct"):
+        return 1
+    return sum(_tensors_in(part) for part in parts)
 
 
 def _ai8x(path: Path) -> Engine:
