@@ -12,7 +12,9 @@ from torch import nn
 
 import bitsmith as bs
 from bitsmith.engines import build_torch
+from bitsmith.engines.torch_kernels import QuantizedMean, Stored
 from bitsmith.errors import DataError, ExportError, VerificationError
+from bitsmith.integer.laws import AveragePool
 
 LOADER = """
 import sys
@@ -215,6 +217,19 @@ def test_models_of_other_targets_run_too(target):
         deployed = bs.deploy(q, "torch")
     assert (deployed(x) - q(x)).abs().max() < 0.05 * q(x).abs().max()
     assert f"note: simulated for target '{target}'" in repr(deployed)
+
+
+@pytest.mark.parametrize("zero_point", [0, 57, 128])
+def test_pools_that_keep_their_grid_round_as_torch_s(zero_point):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (8, 5, 8, 8), dtype=torch.uint8)
+    for scale in torch.rand(20).tolist():
+        grid, x = Stored(scale, zero_point, 0, 255), torch._make_per_tensor_quantized_tensor(codes, scale, zero_point)
+        for size in (2, 4, 8):
+            pool = QuantizedMean(grid, grid, 2, AveragePool((size, size), (size, size), (0, 0)), keep=True)
+            assert torch.equal(pool(x).int_repr(), F.avg_pool2d(x, size).int_repr())
+        plane = QuantizedMean(grid, grid, 2, None, keep=True)(x)
+        assert torch.equal(plane.int_repr(), F.adaptive_avg_pool2d(x, 1).int_repr())
 
 
 def test_small_floats_have_no_int8_kernel(tmp_path):

@@ -95,6 +95,10 @@ EXACT: dict[str, tuple[Callable[[], Wrapped], tuple[int, ...]]] = {
     "concat and product": (lambda: Wrapped(nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1), call=concat), IMAGE),
     "max pool": (lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)), IMAGE),
     "average pool": (lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2)), IMAGE),
+    "average pool behind relu": (
+        lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 4, 1)),
+        IMAGE,
+    ),
     "global pool": (lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), IMAGE),
     "relu6": (lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 3, 3)), IMAGE),
     "nearest": (lambda: Wrapped(nn.Conv2d(3, 8, 3), nn.Upsample(scale_factor=2)), IMAGE),

@@ -234,9 +234,10 @@ class QuantizedMean(nn.Module):
             mean = self.pool(
                 codes, window.kernel, window.stride, window.padding, count_include_pad=window.count_include_pad
             )
-        return torch.quantize_per_tensor(
-            mean * self.source.scale, self.output.scale, self.output.zero_point, torch.quint8
-        )
+        scale, zero_point = self.output.scale, self.output.zero_point
+        if self.output == self.source:  # as torch's own pools, which keep the grid, do it
+            return torch._make_per_tensor_quantized_tensor((mean + zero_point).round().byte(), scale, zero_point)
+        return torch.quantize_per_tensor(mean * self.source.scale, scale, zero_point, torch.quint8)
 
     def extra_repr(self) -> str:
         """The window and the output's grid."""

@@ -166,26 +166,23 @@ def fbgemm(source: Grid, weights: Tensor, bias: Tensor | None, output: Grid, car
 
 
 def _mean(node: fx.Node, grid: Grid, output: Grid, dtype: torch.dtype) -> Run:
-    """The exact sum of codes / count, * s_x, quantized."""
-    source = operands(node)[0]
+    """The exact sum of codes / count, * s_x, quantized; on equal grids rint(mean + z)."""
+    source, zero = operands(node)[0], stored_zero(grid)
+    same = torch.equal(grid.scale, output.scale) and grid.format == output.format and stored_zero(output) == zero
+
+    def quantized(mean: Tensor) -> Tensor:
+        if same:
+            return laws.round_to((mean + zero).round_().sub_(zero), output, dtype)
+        return quantize_centred(mean * grid.scale, output, dtype)
+
     if op_of(node).name == "avg_pool":
         pool, function = average_pool_geometry(node), getattr(F, f"avg_pool{aten_name(node)[-2]}d")
-
-        def window(env: dict[fx.Node, Any]) -> Tensor:
-            mean = function(
-                env[source].float(), pool.kernel, pool.stride, pool.padding, count_include_pad=pool.count_include_pad
-            )
-            return quantize_centred(mean * grid.scale, output, dtype)
-
-        return window
+        options = {"count_include_pad": pool.count_include_pad}
+        return lambda env: quantized(function(env[source].float(), pool.kernel, pool.stride, pool.padding, **options))
     rank = source.meta["val"].ndim
     dims = [-1] if aten_name(node).endswith("1d") else list(range(2, rank))
     keep = node.meta["val"].ndim == rank
-
-    def plane(env: dict[fx.Node, Any]) -> Tensor:
-        return quantize_centred(env[source].float().mean(dims, keepdim=keep) * grid.scale, output, dtype)
-
-    return plane
+    return lambda env: quantized(env[source].float().mean(dims, keepdim=keep))
 
 
 def _table(node: fx.Node, source: fx.Node, grid: Grid, output: Grid, dtype: torch.dtype) -> Run:
