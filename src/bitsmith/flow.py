@@ -188,7 +188,10 @@ def finish(
             f"computes in integers with {' or '.join(map(str, target.integer_bits))} bits and placement 'runtime'"
         )
     if recipe.weights and recipe.activations and coverage.total_macs and not coverage.quantized_macs:
-        raise PlacementError("no multiply-accumulate of the model has both operands quantized: nothing was gained")
+        raise PlacementError(
+            "no multiply-accumulate of the model has both operands quantized: nothing was gained. Layers need a grid on "
+            "their inputs too; by hand it comes from a QuantStub, a bitsmith.nn.QuantIdentity or inputs='int8'"
+        )
     if q.report.chance_level:
         if recipe.on_collapse == "stop":
             raise CollapseError(f"{diagnose(q.report)}. on_collapse: warn in the recipe gives the model all the same")
