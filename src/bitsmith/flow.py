@@ -189,8 +189,8 @@ def finish(
         )
     if recipe.weights and recipe.activations and coverage.total_macs and not coverage.quantized_macs:
         raise PlacementError(
-            "no multiply-accumulate of the model has both operands quantized: nothing was gained. Layers need a grid on "
-            "their inputs too; by hand it comes from a QuantStub, a bitsmith.nn.QuantIdentity or inputs='int8'"
+            "no multiply-accumulate of the model has both operands quantized: nothing was gained. Layers need a grid "
+            "on their inputs too; by hand it comes from a QuantStub, a bitsmith.nn.QuantIdentity or inputs='int8'"
         )
     if q.report.chance_level:
         if recipe.on_collapse == "stop":

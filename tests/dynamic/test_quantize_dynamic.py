@@ -159,28 +159,31 @@ def test_one_output_stays_float_unless_asked_for() -> None:
     assert type(bs.quantize_dynamic(net, overrides=[asked]).model[1]) is not nn.Linear
 
 
-def _lstm(spread: float) -> nn.LSTM:
+def _lstm(spread: float, *, bidirectional: bool = True) -> nn.LSTM:
     """Rows of each state matrix are alike in range, but the first, which is ``spread`` times as large."""
     torch.manual_seed(0)
-    layer = nn.LSTM(8, 16, bidirectional=True)
+    layer = nn.LSTM(8, 16, bidirectional=bidirectional)
     with torch.no_grad():
-        for weight in (layer.weight_hh_l0, layer.weight_hh_l0_reverse):
+        for weight in (w for name, w in layer.named_parameters() if name.startswith("weight_hh")):
             weight.copy_(torch.stack([torch.linspace(-0.3, 0.3, 16).roll(i) for i in range(64)]))
             weight[0] *= spread
     return layer
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("spread", "scales"), [(1.0, 1), (8.0, 2)])
-def test_a_states_rows_share_a_scale_where_that_loses_little(spread: float, scales: int, tmp_path: Path) -> None:
-    layer, x = _lstm(spread), torch.randn(5, 1, 8)
+def test_a_states_rows_share_a_scale_where_that_loses_little(
+    spread: float, scales: int, bidirectional: bool, tmp_path: Path
+) -> None:
+    layer, x = _lstm(spread, bidirectional=bidirectional), torch.randn(5, 1, 8)
+    directions = 1 + bidirectional
     q = bs.quantize_dynamic(layer, example_inputs=x)
-    assert [len(scale.unique()) for scale in q.model.weight_hh_l0_scale] == [scales] * 2
+    assert [len(scale.unique()) for scale in q.model.weight_hh_l0_scale] == [scales] * directions
     path = bs.export_onnx(q, tmp_path / "m.onnx")
     sizes = {tuple(i.dims) for i in onnx.load(path).graph.initializer if i.name.endswith("w_hh.scale")}
-    assert sizes == {(2,) if scales == 1 else (2, 64)}
+    assert sizes == {(directions,) if scales == 1 else (directions, 64)}
     assert bs.verify(q, path, x).passed
-    deployed = bs.deploy(q, engine="torch")
-    torch.testing.assert_close(deployed(x)[0], q(x)[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(bs.deploy(q, engine="torch")(x)[0], q(x)[0], rtol=0, atol=0.02)
 
 
 def test_an_lstm_is_loaded_into_one_whose_weights_lie_otherwise(tmp_path: Path) -> None:

@@ -50,4 +50,4 @@ def quantize_state_weight(weight: Tensor, spec: TensorSpec, where: str) -> tuple
 
 def merged(scale: Tensor) -> Tensor:
     """Scales ``(directions, rows)`` as ``(directions,)`` where all rows of each direction have the same."""
-    return scale[:, 0].clone() if scale.ndim == 2 and bool((scale == scale[:, :1]).all()) else scale
+    return scale.amax(1) if scale.ndim == 2 and bool((scale == scale[:, :1]).all()) else scale
