@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -102,26 +103,102 @@ def test_models_for_other_tasks_state_nothing_of_use(vision: None) -> None:
         assert stated_preprocess(f"torchvision:{name}", nn.Identity())[1] == "usual for ImageNet"
 
 
+class Published:
+    """Weights as a library publishes them: a file at an address, which bears the beginning of its checksum."""
+
+    def __init__(self, net: nn.Module, folder: Path, *, checksum: str | None = None) -> None:
+        written = folder / "written.pth"
+        torch.save(net.state_dict(), written)
+        digest = hashlib.sha256(written.read_bytes()).hexdigest()[:8]
+        self.url = written.rename(folder / f"net-{checksum or digest}.pth").as_uri()
+        self.DEFAULT = self
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torch's cache of downloads, empty."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def offline(*_: object, **__: object) -> None:
+    raise OSError("no route to host")
+
+
 @needs_vision
-def test_pretrained_weights_come_from_the_librarys_cache(
-    vision: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pretrained_weights_are_fetched_once(
+    vision: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision import models
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    weights = models.get_model_weights("squeezenet1_1").DEFAULT
     net = models.squeezenet1_1(weights=None)
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(net.state_dict(), tmp_path / "checkpoints" / Path(weights.url).name)
-    loaded = load_model("torchvision:squeezenet1_1", "pretrained")
-    assert torch.equal(loaded.state_dict()["classifier.1.weight"], net.state_dict()["classifier.1.weight"])
+    published = Published(net, tmp_path)
+    monkeypatch.setattr(models, "get_model_weights", lambda name: published)
+    for _ in range(2):
+        loaded = load_model("torchvision:squeezenet1_1", "pretrained")
+        assert torch.equal(loaded.state_dict()["classifier.1.weight"], net.state_dict()["classifier.1.weight"])
+        assert not loaded.training
+        monkeypatch.setattr(torch.hub, "download_url_to_file", offline)  # from now on the cache must do
+    assert [file.name for file in cache.iterdir()] == [Path(published.url).name]
 
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
 
+@needs_vision
+def test_pretrained_weights_that_cannot_be_had_are_refused_with_the_remedy(
+    vision: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import models
+
+    published = Published(models.squeezenet1_1(weights=None), tmp_path, checksum="00000000")
+    monkeypatch.setattr(models, "get_model_weights", lambda name: published)
+    with pytest.raises(CheckpointError, match=r"cannot be fetched: invalid hash value.*--weights"):
+        load_model("torchvision:squeezenet1_1", "pretrained")
+    assert list(cache.iterdir()) == []  # nothing half fetched is taken for the weights next time
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(CheckpointError, match=r"cannot be fetched: no route.*--weights"):
-        load_model("torchvision:squeezenet1_0", "pretrained")
+    with pytest.raises(CheckpointError, match=r"cannot be fetched: no route.*\(from file://.*--weights"):
+        load_model("torchvision:squeezenet1_1", "pretrained")
+    monkeypatch.setattr(models, "get_model_weights", lambda name: ())
+    with pytest.raises(CheckpointError, match="torchvision has no pretrained weights for 'squeezenet1_1'"):
+        load_model("torchvision:squeezenet1_1", "pretrained")
+
+
+@needs_vision
+def test_pretrained_weights_state_how_images_are_prepared(vision: None) -> None:
+    from torchvision import models
+
+    for name in ("resnet50", "efficientnet_b3", "squeezenet1_1"):
+        weights = models.get_model_weights(name).DEFAULT
+        preprocess, whose = stated_preprocess(f"torchvision:{name}", nn.Identity(), "pretrained")
+        stated = weights.transforms()
+        assert whose == f"stated by torchvision's {weights}"
+        assert (preprocess.resize, preprocess.crop) == (stated.resize_size[0], stated.crop_size[0])
+        assert (list(preprocess.mean), list(preprocess.std)) == (stated.mean, stated.std)
+
+
+@needs_vision
+def test_timm_is_asked_for_its_weights_and_its_failures_are_told(vision: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    create, asked = timm.create_model, []
+
+    def fetched(name: str, *, pretrained: bool) -> nn.Module:
+        asked.append((name, pretrained))
+        return create(name, pretrained=False)
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    model = load_model("timm:resnet10t", "pretrained")
+    assert asked == [("resnet10t", True)]
+    assert stated_preprocess("timm:resnet10t", model, "pretrained")[0].mean == tuple(model.pretrained_cfg["mean"])
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(
+        CheckpointError, match=r"timm:resnet10t cannot be fetched: no route.*huggingface.co/timm.*--wei"
+    ):
+        load_model("timm:resnet10t", "pretrained")
+    monkeypatch.setattr(timm, "is_model_pretrained", lambda name: False)
+    with pytest.raises(CheckpointError, match="timm has no pretrained weights for 'resnet10t'"):
+        load_model("timm:resnet10t", "pretrained")
 
 
 @pytest.mark.parametrize(

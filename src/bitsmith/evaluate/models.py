@@ -113,12 +113,15 @@ def _timm(name: str, *, pretrained: bool = False) -> nn.Module:
         raise MissingExtraError(f"timm cannot be imported: {error}") from error
     if not timm.is_model(name):
         raise CaptureError(f"timm has no model {name!r}{_similar(name, timm.list_models())}")
+    if pretrained and not timm.is_model_pretrained(name):
+        raise _none_known("timm", name)
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # the hub's errors have no common type
         if not pretrained:
             raise
-        raise _not_fetched(f"timm:{name}", error) from error
+        place = "https://huggingface.co/timm"
+        raise _not_fetched(f"timm:{name}", place, error) from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -131,7 +134,10 @@ def _pretrained(spec: str) -> nn.Module:
     if library != "torchvision":
         raise CheckpointError(f"--weights {PRETRAINED}: goes with torchvision:NAME and timm:NAME, not {spec!r}")
     model = _torchvision(name)
-    weights = _import_torchvision().get_model_weights(name).DEFAULT
+    known = _import_torchvision().get_model_weights(name)
+    if not len(known):
+        raise _none_known("torchvision", name)
+    weights = known.DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,14 +145,19 @@ def _pretrained(spec: str) -> nn.Module:
         try:
             torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=prefix, progress=False)
         except Exception as error:  # urllib's, the disk's, or a wrong checksum
-            raise _not_fetched(spec, error) from error
+            raise _not_fetched(spec, weights.url, error) from error
     return load_weights(model, file)
 
 
-def _not_fetched(spec: str, error: Exception) -> CheckpointError:
+def _none_known(library: str, name: str) -> CheckpointError:
+    return CheckpointError(f"{library} has no pretrained weights for {name!r}: name a file of your own with --weights")
+
+
+def _not_fetched(spec: str, place: str, error: Exception) -> CheckpointError:
+    reason = str(error).strip().rstrip(".") or type(error).__name__
     return CheckpointError(
-        f"the pretrained weights of {spec} cannot be fetched: {error}. Fetch them where there is a network, and name "
-        "the file with --weights"
+        f"the pretrained weights of {spec} cannot be fetched: {reason}. Fetch them where there is a network (from "
+        f"{place}), and name the file with --weights"
     )
 
 
