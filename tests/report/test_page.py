@@ -131,9 +131,12 @@ def test_the_theme_can_be_switched(quiet: Browser, result: JobResult, tmp_path: 
 def test_a_sweep_is_drawn(quiet: Browser, tmp_path: Path, width: int) -> None:
     quiet.open(write_pareto(ROWS, tmp_path / "sweep.html"), width)
     assert drawn(quiet)["plot-pareto"] >= 6
+    page = write_pareto(ROWS, tmp_path / "compared.html", float_value=92.5)
+    quiet.open(page, width)
+    assert "float model" in quiet.run("document.querySelector('#plot-pareto .legend').textContent")
     assert quiet.run("document.documentElement.scrollWidth") == width, "the page scrolls sideways"
-    quiet.run("document.querySelectorAll('#rows thead th')[2].click()")
-    last = quiet.run("[...document.querySelectorAll('#rows tbody tr')].at(-1).cells[2].textContent")
+    quiet.run("document.querySelectorAll('#rows thead th')[1].click()")
+    last = quiet.run("[...document.querySelectorAll('#rows tbody tr')].at(-1).cells[1].textContent")
     assert last == ""  # what has no number comes last
     assert quiet.run("document.querySelector('#rows td').textContent").endswith("</script><b>")
 

@@ -187,6 +187,8 @@ def test_the_page_has_all_rows_and_refuses_costs_that_are_none(tmp_path: Path) -
     page = write_sweep_page(rows, tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(row["key"][:8] in page for row in rows)
     assert "W8A4" in page
+    exact = [row["float_top1"] for row in rows if row.get("float_top1") is not None]
+    assert f'"float":{exact[0] if len(set(exact)) == 1 else "null"}' in page
     with pytest.raises(DataError, match="weight_bits"):
         write_sweep_page(rows, tmp_path / "report.html", cost="colour")
 

@@ -44,12 +44,13 @@ def write_page(result: JobResult, path: str | Path) -> Path:
 
 def write_pareto(
     rows: Sequence[Mapping[str, Any]], path: str | Path, *, cost: str = "bits", value: str = "top1",
-    label: str = "recipe", title: str = "Accuracy against bits",
+    label: str = "recipe", title: str = "Accuracy against bits", float_value: float | None = None,
 ) -> Path:  # fmt: skip
     """One HTML file that plots ``value`` (more is better) against ``cost`` (less is better) of a sweep's rows.
 
     Rows are mappings; those without a number for either are listed, not drawn. The rows that no other beats in both
-    are joined by a line (``pareto_front``). All fields are in a sortable table.
+    are joined by a line (``pareto_front``); ``float_value`` is the float model's, a line across. All fields are in a
+    sortable table.
     """
     drawn = [row for row in rows if _is_number(row.get(cost)) and _is_number(row.get(value))]
     front = pareto_front([(float(row[cost]), float(row[value])) for row in drawn])
@@ -57,8 +58,9 @@ def write_pareto(
         {"x": row[cost], "y": row[value], "label": str(row.get(label, "")), "front": index in front}
         for index, row in enumerate(drawn)
     ]
-    data = {"pareto": {"points": points, "cost": cost, "value": value}}
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    data = {"pareto": {"points": points, "cost": cost, "value": value, "float": float_value}}
+    first = [name for name in (label, value, cost) if any(name in row for row in rows)]  # what a phone shows
+    columns = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
     filled = {column: [row[column] for row in rows if row.get(column) is not None] for column in columns}
     page = _template("sweep.html").render(
         **_frame(title, data), rows=rows, columns=columns, count=len(rows), left_out=len(rows) - len(drawn),

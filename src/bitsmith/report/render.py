@@ -144,7 +144,7 @@ def summary_rows(result: JobResult) -> tuple[list[str], list[tuple[str, list[str
     rows = _metric_rows([result.metrics[name] for name in present])
     file_of = {"float": "float", "deployed": "quantized"}  # which file each column is about
     if result.sizes:
-        rows.append(("size of the ONNX file", [_size_cell(result.sizes, file_of.get(name)) for name in present]))
+        rows.append(("size of the file", [_size_cell(result.sizes, file_of.get(name)) for name in present]))
     for batch, times in result.latency.items():
         rows.append((f"latency, batch {batch}", [_latency_cell(times, file_of.get(name)) for name in present]))
         rows.append(

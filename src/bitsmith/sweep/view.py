@@ -52,10 +52,14 @@ def write_sweep_page(rows: list[dict[str, Any]], path: str | Path, *, cost: str 
     names = {"top1": "top-1", "sqnr_db": "SQNR dB", "bits": "w x a bits"}
     x, y = names.get(cost, cost.replace("_", " ")), names[value]
     drawn = [
-        {"configuration": _label(seen, row), **_worded(seen), x: row.get(cost), "reason": row.get("reason")}
-        for row, seen in zip(found, view(rows))
+        {"configuration": _label(seen), **_worded(seen), x: row.get(cost), "reason": row.get("reason")}
+        for row, seen in zip(found, view([{**row, "reason": None} for row in rows]))
     ]
-    return write_pareto(drawn, path, cost=x, value=y, label="configuration", title="Sweep")
+    exact = {row["float_top1"] for row in rows if row.get("float_top1") is not None} if value == "top1" else set()
+    return write_pareto(
+        drawn, path, cost=x, value=y, label="configuration", title="Sweep",
+        float_value=exact.pop() if len(exact) == 1 else None,
+    )  # fmt: skip
 
 
 def _product(row: dict[str, Any]) -> int | None:
@@ -63,14 +67,14 @@ def _product(row: dict[str, Any]) -> int | None:
     return None if weights is None or activations is None else int(weights * activations)
 
 
-def _label(seen: dict[str, Any], row: dict[str, Any]) -> str:
+def _label(seen: dict[str, Any]) -> str:
     """A row in a few words: what it differs in from others."""
     words = [str(seen[name]) for name in ("model", "target", "placement") if seen.get(name) is not None]
     words.append(f"W{seen.get('w')}A{seen.get('a')}{' float' if seen.get('numbers') == 'float' else ''}")
     words += ["per tensor"] if seen.get("per channel") is False else []
     words += ["po2"] if seen.get("po2") else []
     words += [f"seed {seen['seed']}"] if "seed" in seen else []
-    return ", ".join([*words, seen[OPTIONS]] if seen[OPTIONS] and not row.get("reason") else words)
+    return ", ".join([*words, seen[OPTIONS]] if seen[OPTIONS] else words)
 
 
 def _worded(seen: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,12 @@
       x: list.map((p) => p.x), y: list.map((p) => p.y), text: list.map((p) => p.label),
       hovertemplate: `%{text}<br>${cost} %{x}<br>${value} %{y}<extra></extra>`, ...more,
     });
+    const exact = data.pareto.float === null || !points.length ? [] : [{
+      x: [Math.min(...points.map((p) => p.x)), Math.max(...points.map((p) => p.x))], y: [data.pareto.float, data.pareto.float],
+      name: "float model", mode: "lines", line: { color: color("second"), dash: "dash", width: 2 }, hovertemplate: `float model<br>${value} %{y}<extra></extra>`,
+    }];
     draw(id, [
+      ...exact,
       trace(points.filter((p) => !p.front), { name: "others", mode: "markers", marker: { color: color("third"), size: 8, opacity: 0.7 } }),
       trace(front, {
         name: "best", mode: isNarrow() ? "lines+markers" : "lines+markers+text", line: { color: color("accent"), shape: "hv", width: 2 },
