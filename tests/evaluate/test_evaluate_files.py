@@ -104,9 +104,13 @@ def test_dynamic_recipes_are_taken_where_they_have_files(recipe: str, tmp_path: 
             assert run_job(Job(net, ArrayData(X), settings=settings), tmp_path / "out").passed
     with pytest.raises(BitsmithError, match="knows the targets onnxruntime and torch, not 'openvino'"):
         check_settings(JobSettings(recipe=recipe, target="openvino"))
-    with pytest.raises(BitsmithError, match="its file is ONNX"):
-        check_settings(JobSettings(recipe=recipe, target="torch"), files=True)
-    assert check_settings(JobSettings(recipe=recipe, target="torch")).target == "torch"
+    with pytest.raises(BitsmithError, match="hold fixed scales.*--target torch"):
+        check_settings(JobSettings(recipe=recipe, torchscript=True), files=True)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).eval()
+    settings = JobSettings(recipe=recipe, target="torch", latency=False)
+    result = run_job(Job(net, ArrayData(X), settings=settings), tmp_path / "torch")
+    assert result.passed
+    assert result.files["model.pt"] == str(tmp_path / "torch" / "model.pt")
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,13 @@ def _check_file(settings: JobSettings, recipe: Recipe, target: Target) -> None:
                 raise ExportError(f"{name} is about ONNX files, but target {target.name} gets {kind}: leave it out")
         if settings.torchscript:
             raise ExportError(f"--export-torch-qcdq: target {target.name} gets {kind}: leave it out")
-    if scripts and recipe.placement == "dynamic":
-        raise ExportError(
-            "TorchScript files hold fixed scales, but the recipe finds its own at run time: in PyTorch such a model "
-            "runs as it is (bitsmith.quantize_dynamic), and its file is ONNX (--target onnxruntime)"
-        )
+    if recipe.placement == "dynamic":  # half-precision weights are FLOAT16 there
+        if settings.torchscript:
+            raise ExportError(
+                "--export-torch-qcdq: such files hold fixed scales, but the recipe finds its own at run time: --target "
+                "torch writes it on torch's dynamic kernels"
+            )
+        return
     if scripts and floats:
         raise ExportError(
             "TorchScript files hold integers, but the recipe has small floats: "
@@ -114,8 +116,6 @@ def _check_file(settings: JobSettings, recipe: Recipe, target: Target) -> None:
             "no layer would run on torch's int8 kernels, which take weights and activations of up to 8 bits, weights "
             f"symmetric, per tensor or channel: recipe {recipe.name!r} has others, which --target onnxruntime writes"
         )
-    if recipe.placement == "dynamic":
-        return  # half-precision weights are FLOAT16 there
     if odd := [fmt for fmt in floats if fmt not in _ONNX_FLOATS]:
         raise ExportError(
             f"ONNX has no {odd[0]}: files hold OCP's E4M3 and E5M2 (reserved 'nan' and 'ieee'; 'bitsmith evaluate "
