@@ -68,7 +68,8 @@ def recipes() -> list[str]:
     ]  # fmt: skip
     for name, recipe in (NAMED | BY_EFFORT | TI).items():
         steps = ", ".join(step.name for step in recipe.steps)
-        lines.append(f"| [`{name}`](#{name.lower()}) | {_spec(recipe, 'weights')} | {_spec(recipe, 'activations')} | {steps} |")
+        weights, activations = _spec(recipe, "weights"), _spec(recipe, "activations")
+        lines.append(f"| [`{name}`](#{name.lower()}) | {weights} | {activations} | {steps} |")  # anchors are lower case
     lines += [
         "", "- **weights, activations**: a format (integers of so many bits, or floats of exponent and mantissa bits),",
         "  symmetric or affine, float or power-of-two (po2) scales, one per tensor, channel, group or token, and the",

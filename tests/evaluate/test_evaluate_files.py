@@ -104,7 +104,7 @@ def test_dynamic_recipes_are_taken_where_they_have_files(recipe: str, tmp_path: 
             assert run_job(Job(net, ArrayData(X), settings=settings), tmp_path / "out").passed
     with pytest.raises(BitsmithError, match="knows the targets onnxruntime and torch, not 'openvino'"):
         check_settings(JobSettings(recipe=recipe, target="openvino"))
-    with pytest.raises(BitsmithError, match="hold fixed scales.*--target torch"):
+    with pytest.raises(BitsmithError, match=r"hold fixed scales.*--target torch"):
         check_settings(JobSettings(recipe=recipe, torchscript=True), files=True)
     net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).eval()
     settings = JobSettings(recipe=recipe, target="torch", latency=False)
