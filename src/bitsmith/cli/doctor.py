@@ -54,7 +54,7 @@ def doctor(
     crop: o.Crop = None,
     mean: o.Mean = None,
     std: o.Std = None,
-    seed: o.Seed = 0,
+    seed: o.Seed = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Examine MODEL before it is quantized: thirty rules, each with place, reason and remedy.
@@ -83,9 +83,9 @@ def doctor(
     images = o.ImageOptions(resize, crop, mean, std).applied(stated)
     found = judged = None
     if calibration is not None:
-        found = load_data(calibration, samples=calibration_samples, preprocess=images, seed=seed)
+        found = load_data(calibration, samples=calibration_samples, preprocess=images, seed=seed or 0)
     if validation is not None:
-        judged = load_data(validation, samples=validation_samples, preprocess=images, seed=seed, exclude=found)
+        judged = load_data(validation, samples=validation_samples, preprocess=images, seed=seed or 0, exclude=found)
     example = _example(found, shape, images.crop)
     diagnosis = examine(loaded, example, target=target, calibration=found, validation=judged, file=file)
     if as_json:

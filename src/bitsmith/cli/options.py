@@ -89,7 +89,10 @@ LabelMap = Annotated[
         "names]",
     ),
 ]  # fmt: skip
-Seed = Annotated[int, typer.Option(help="Of the drawing of samples", rich_help_panel=_DATA)]
+Seed = Annotated[
+    int | None,
+    typer.Option(show_default=False, rich_help_panel=_DATA, help="Of the drawing of samples [default: 0]"),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -188,7 +191,7 @@ class DataOptions:
     validation_batch: ValidationBatch = None
     workers: Workers = None
     label_map: LabelMap = None
-    seed: Seed = 0
+    seed: Seed = None
 
 
 @dataclass(frozen=True)

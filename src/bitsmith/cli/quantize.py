@@ -167,7 +167,7 @@ def make_job(
         check_source(source)
     if data.calibration is None:
         _check_dynamic(settings, data.validation)
-    _check_folders(data, sources)
+    _check_data(data, sources)
     loaded = load_model(model, weights)
     if (note := weights_note(model, weights)) is not None and not work.quiet:
         say(f"note: {note}")
@@ -188,7 +188,7 @@ def _load(
 
     def load(source: str, samples: int | None, batch: int | None, exclude: Data | None = None) -> Data:
         return load_data(
-            source, samples=samples, preprocess=preprocess, batch=batch or BATCH, seed=data.seed, exclude=exclude,
+            source, samples=samples, preprocess=preprocess, batch=batch or BATCH, seed=data.seed or 0, exclude=exclude,
             workers=data.workers, label_map=data.label_map if Path(source).is_dir() else None,
         )  # fmt: skip
 
@@ -228,8 +228,19 @@ def _enlarged(folders: list[FolderData], preprocess: Preprocess) -> list[str]:
     ]
 
 
-def _check_folders(data: o.DataOptions, sources: list[str]) -> None:
-    """Options of image folders need one."""
+def _check_data(data: o.DataOptions, sources: list[str]) -> None:
+    """Options of image folders need one, and a factory's batches are its own."""
+    from ..evaluate.data import check_source
+
+    own = {source for source in sources if check_source(source) is None}
+    of_batches: tuple[tuple[str, int | None, set[str | None]], ...] = (
+        ("--batch-size-calibration", data.calibration_batch, {data.calibration}),
+        ("--batch-size-validation", data.validation_batch, {data.validation}),
+        ("--seed", data.seed, {*sources}),
+    )
+    for name, chosen, asked in of_batches:
+        if chosen is not None and asked <= own:
+            raise typer.BadParameter("the data's own function decides this: nothing is drawn here", param_hint=name)
     for name, value in (("--label-map", data.label_map), ("--workers", data.workers)):
         if value is not None and not any(Path(source).is_dir() for source in sources):
             raise typer.BadParameter("it is about image folders, but the data are none", param_hint=name)
