@@ -110,12 +110,18 @@ def bits_per_character(model: Model, size: int) -> tuple[float, int]:
     return total / len(y) / math.log(2), len(y)
 
 
-def sentence_spearman(model: Model) -> tuple[float, int]:
-    """100 x Spearman's rank correlation of cosine and human score over the STS-B test pairs, one sentence a time."""
+def sentence_vectors(model: Model) -> tuple[Tensor, Tensor]:
+    """The unit vectors of both sides of the STS-B test pairs, one sentence a time."""
     with np.load(data_file("stsb_minilm_tokens.npz")) as file:
         sides = [file[f"test_{side}"].astype(np.int64) for side in "ab"]
-        scores = file["test_score"]
     a, b = (torch.cat([model(torch.from_numpy(row[row > 0])[None]) for row in side]) for side in sides)
+    return a, b
+
+
+def sentence_spearman(a: Tensor, b: Tensor) -> tuple[float, int]:
+    """100 x Spearman's rank correlation of the pairs' cosine and human score."""
+    with np.load(data_file("stsb_minilm_tokens.npz")) as file:
+        scores = file["test_score"]
     return 100 * spearman((a * b).sum(1).numpy(), scores), len(scores)
 
 
@@ -167,14 +173,18 @@ def _accuracy_charlstm(recipe: str) -> Iterator[Accuracy]:
 def _accuracy_minilm(recipe: str) -> Iterator[Accuracy]:
     checkpoint = "minilm_l6_v2_fp16.safetensors"
     net = load(SentenceEncoder(), checkpoint)
-    exact = None
+    exact: tuple[Tensor, Tensor] | None = None
     for variant, model, size in variants(net, recipe, (torch.randint(1, 3000, (1, 12)),)):
         start = time.perf_counter()
         with torch.inference_mode():
-            found, samples = sentence_spearman(model)
+            vectors = sentence_vectors(model)
         seconds = time.perf_counter() - start
-        exact = found if exact is None else exact
-        yield Accuracy("minilm", checkpoint, variant, "100 x Spearman", found, found - exact, samples, size, seconds)
+        exact = vectors if exact is None else exact
+        found, samples = sentence_spearman(*vectors)
+        difference = found - sentence_spearman(*exact)[0]
+        apart = 1 - float(torch.cat([x * y for x, y in zip(vectors, exact)]).double().sum(1).mean())
+        for measure, value, against in (("100 x Spearman", found, difference), ("1 - cosine to float", apart, apart)):
+            yield Accuracy("minilm", checkpoint, variant, measure, value, against, samples, size, seconds)
 
 
 def variants(net: nn.Module, recipe: str, example: tuple[Tensor, ...]) -> Iterator[tuple[str, Model, float]]:

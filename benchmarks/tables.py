@@ -87,15 +87,56 @@ def speed() -> list[str]:
     return [text]
 
 
+def dynamic() -> list[str]:
+    """Dynamic quantization: accuracy, then times beside the rivals' of the same model."""
+    lines = ["| network | variant | measure | value | to float | MB |", "|---" * 6 + "|"]
+    for r in rows("dynamic-accuracy.csv"):
+        value, difference = float(r["value"]), float(r["difference"])
+        lines.append(
+            f"| {r['net']} | {r['variant']} | {r['measure']} | {value:.5g} | {difference:+.4f} | {r['megabytes']} |"
+        )
+    lines += [
+        "",
+        "| network, input | variant | ms, two threads | times as fast as the fastest rival |",
+        "|---" * 4 + "|",
+    ]
+    for r in rows("dynamic-latency.csv"):
+        ratio = f"{float(r['ratio']):.2f}"
+        lines.append(f"| {r['net']} {r['input_shape']} | {r['variant']} | {float(r['median_ms']):.3f} | {ratio} |")
+    return lines
+
+
+def torch_engine() -> list[str]:
+    """PyTorch's int8 kernels: agreement with the simulation, then times."""
+    lines = ["| quantized for target | same class as its simulation | equal to the bit |", "|---" * 3 + "|"]
+    for r in rows("torch_engine_accuracy.csv"):
+        note = "" if r["target"] == "torch" else ", whose simulation rounds otherwise: `bs.deploy` warns"
+        share = f"{float(r['same_class']):.2f} % of {int(r['images']):,} | {float(r['equal_to_the_bit']):.1f} %"
+        lines.append(f"| `{r['target']}`{note} | {share} |")
+    heads = "| network, batch | variant | ms, two threads | times as fast as float eager | as torch.ao's own |"
+    lines += ["", heads, "|---" * 5 + "|"]
+    for r in rows("torch_engine_speed.csv"):
+        against = f"{float(r['against']):.2f} ({r['baseline']})" if r["against"] else ""
+        cells = (
+            f"{r['net']}, {r['batch']}",
+            r["label"],
+            f"{float(r['median_ms']):.2f}",
+            f"{float(r['faster']):.2f}",
+            against,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Write the tables between the markers."""
     readme = ROOT / "README.md"
     before, after = _around(readme)
     readme.write_text("\n".join([f"{before}{MARK}", "", *accuracy(main=True), "", *speed(), "", f"{MARK}{after}"]))
     page = ["# Results", "", "Written by `python -m benchmarks.tables` from `benchmarks/results/`.", ""]
-    (ROOT / "benchmarks" / "RESULTS.md").write_text(
-        "\n".join([*page, *accuracy(), "", *algorithms(), "", *speed(), "", *latency(), ""])
-    )
+    parts = (accuracy(), algorithms(), speed(), latency(), dynamic(), torch_engine())
+    lines = [line for part in parts for line in (*part, "")]
+    (ROOT / "benchmarks" / "RESULTS.md").write_text("\n".join([*page, *lines]))
 
 
 def _around(readme: Path) -> tuple[str, str]:

@@ -61,7 +61,7 @@ class QuantizedModel(nn.Module):
 
     def restructure(self, outputs: tuple[Tensor, ...]) -> Any:
         """Flat output tensors in the structure that the model returns."""
-        output = next(n for n in self.graph.graph.nodes if n.op == "output")
+        output = self.graph.graph.output_node()
         rest, leaves = iter(outputs), torch.utils._pytree.tree_leaves(output.args[0])
         flat = [next(rest) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
         return self.graph.graph._codegen.process_outputs(flat)
@@ -76,7 +76,7 @@ class QuantizedModel(nn.Module):
 
     def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A wrong input is told in the model's own words, not those of an operator deep inside."""
-        placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
+        placeholders = self.graph.graph.find_nodes(op="placeholder")
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if len(leaves) != len(placeholders):
             wanted = [n.name for n in placeholders]

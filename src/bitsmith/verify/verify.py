@@ -166,8 +166,8 @@ def feeds_for(runtime: Engine, tensors: list[Tensor], names: list[str]) -> dict[
 
 def input_names(q: QuantizedModel) -> list[str]:
     """The names under which the model's tensors enter an exported file."""
-    nodes = [n for n in q.graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
-    return [str(node.target) for node in nodes]
+    nodes = q.graph.graph.find_nodes(op="placeholder")
+    return [str(node.target) for node in nodes if isinstance(node.meta.get("val"), Tensor)]
 
 
 class _Comparison:
