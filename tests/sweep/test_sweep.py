@@ -12,12 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from bitsmith.cli import app
 from bitsmith.errors import DataError, RecipeError
 from bitsmith.options import CONSTRAINTS
 from bitsmith.sweep import LocalEngine, Store, Sweep, best_rows, export_rows, load_sweep, run_sweep, write_sweep_page
-from bitsmith.sweep.grid import Configuration, Constraint
+from bitsmith.sweep.grid import Configuration, Constraint, ModelData
+from bitsmith.sweep.work import run_configuration
 
 DIGITS = {
     "model": "bitsmith.demo:digits_net",
@@ -198,6 +205,56 @@ def test_files_that_say_nothing_are_refused_by_field(tmp_path: Path) -> None:
     path.write_text("models: []\ngrdi: {}\n")
     with pytest.raises(RecipeError, match="grdi"):
         load_sweep(path)
+
+
+STATING = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    net.pretrained_cfg = {"input_size": (3, 8, 8), "crop_pct": 0.8, "mean": (0.1, 0.2, 0.3), "std": (0.2, 0.3, 0.4)}
+    return net
+"""
+
+
+def test_a_row_is_what_evaluate_says_of_folders_with_a_label_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for part, count in (("calibration", 6), ("validation", 40)):
+        for level, name in enumerate(("ant", "bee", "cat")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(60 * level, 60 * level + 120, (12, 11, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    (tmp_path / "net.py").write_text(STATING)
+    (tmp_path / "map.txt").write_text("cat 0\nbee 1\nant 2\n")
+    monkeypatch.chdir(tmp_path)
+    folders = {"calibration": "calibration", "validation": "validation"}
+    model = {"model": "net.py:build", **folders, "label_map": "map.txt", "preprocess": {"crop": 7}}
+    (one,) = Sweep.model_validate({"models": [model], "runs": [{"weight-bit-width": 3}]}).configurations()
+    threads = torch.get_num_threads()
+    outcome = run_configuration(one.work)
+    torch.set_num_threads(threads)
+    assert outcome.get("error") is None, outcome
+    places = [f"--{part}={part}" for part in folders]
+    typed = ["evaluate", "net.py:build", *places, "--label-map=map.txt", "--crop=7", "--weight-bit-width=3", "--json"]
+    said = json.loads(CliRunner().invoke(app, typed).stdout)["metrics"]
+    assert outcome["result"]["top1"] == pytest.approx(said["simulated"]["top1"], abs=1e-5)
+    assert outcome["result"]["float_top1"] == pytest.approx(said["float"]["top1"], abs=1e-5)
+    assert outcome["result"]["sqnr_db"] == pytest.approx(said["simulated"]["sqnr_db"], abs=1e-4)
+    other = ModelData.model_validate({**model, "calibration": "a.npz", "validation": "b.npz"})
+    (lost,) = Sweep(models=(other,), runs=({},)).configurations()
+    assert "label_map 'map.txt' is about folders" in run_configuration(lost.work)["error"]
+    torch.set_num_threads(threads)
+
+
+def test_what_prepares_images_is_checked_when_the_file_is_read() -> None:
+    with pytest.raises(ValidationError, match="croop"):
+        ModelData(model="m", calibration="c", validation="v", preprocess={"croop": 7})
 
 
 @pytest.mark.slow

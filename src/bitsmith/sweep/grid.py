@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import BitsmithError, RecipeError
 from ..evaluate.images import Preprocess
@@ -28,7 +28,11 @@ class _Strict(BaseModel):
 
 
 class ModelData(_Strict):
-    """A model with the data it is calibrated and judged on; paths are relative to where the sweep is run."""
+    """A model with the data it is calibrated and judged on; paths are relative to where the sweep is run.
+
+    Images are prepared as the model's own weights state, with what ``preprocess`` says in its place; ``label_map`` is a
+    file that says which class each of their folders is.
+    """
 
     model: str
     weights: str | None = None
@@ -36,7 +40,24 @@ class ModelData(_Strict):
     validation: str
     calibration_samples: int = Field(default=1000, ge=1)
     validation_samples: int | None = Field(default=None, ge=1)
-    preprocess: Preprocess = Preprocess()
+    preprocess: dict[str, Any] = {}
+    label_map: str | None = None
+
+    @field_validator("preprocess")
+    @classmethod
+    def _known(cls, given: dict[str, Any]) -> dict[str, Any]:
+        prepared(Preprocess(), given)
+        return given
+
+
+def prepared(stated: Preprocess, given: dict[str, Any]) -> Preprocess:
+    """What a model states of its images, with what is given in its place, item by item.
+
+    >>> print(prepared(Preprocess(crop=299, mean=(0.5,), std=(0.5,)), {"resize": 320}))
+    shorter side to 320 (bilinear), centre 299 x 299, mean (0.5), standard deviation (0.5)
+    """
+    sides = {"squash": False} if "resize" in given else {}
+    return Preprocess.model_validate({**stated.model_dump(), **sides, **given})
 
 
 class Sweep(_Strict):
@@ -106,7 +127,7 @@ class Sweep(_Strict):
         identity = {**work, "recipe": {k: v for k, v in what.items() if k != "name"} or options}
         identity["files"] = [
             files.setdefault(path, _fingerprint(path))
-            for path in (model.weights, model.calibration, model.validation)
+            for path in (model.weights, model.calibration, model.validation, model.label_map)
             if path is not None
         ]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]

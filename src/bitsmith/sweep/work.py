@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from ..calibrate.remembered import FloatStatistics
 from ..capture import capture, copy_graph, evaluation_mode, read_batches
 from ..capture.inputs import Arguments, tensors_of
 from ..eager import has_stubs, with_module_recipes
-from ..errors import BitsmithError, CaptureError
-from ..evaluate import Metrics, Recorder, evaluate, load_data, load_model, model_size
+from ..errors import BitsmithError, CaptureError, DataError
+from ..evaluate import Metrics, Recorder, evaluate, load_data, load_model, model_size, stated_preprocess
 from ..evaluate.data import Data
 from ..flow import quantize, quantize_graph
 from ..recipe import Recipe
 from ..targets import get_target
-from .grid import ModelData
+from .grid import ModelData, prepared
 
 _KEPT_BYTES = 1 << 30  # of validation data for each worker; more than that is read again for every configuration
 
@@ -94,10 +95,20 @@ def _float(model: str, weights: str | None, device: str) -> _Float:
 @lru_cache(maxsize=1)
 def _shared(spec: str, seed: int, device: str) -> _Shared:
     given = ModelData.model_validate_json(spec)
-    load = partial(load_data, preprocess=given.preprocess, seed=seed)
-    calibration = load(given.calibration, samples=given.calibration_samples)
-    validation = _Kept(load(given.validation, samples=given.validation_samples, exclude=calibration), device)
     float = _float(given.model, given.weights, device)
+    stated, _ = stated_preprocess(given.model, float.model, given.weights)
+    load = partial(load_data, preprocess=prepared(stated, given.preprocess), seed=seed, workers=1)
+    folders = [source for source in (given.calibration, given.validation) if Path(source).is_dir()]
+    if given.label_map is not None and not folders:
+        raise DataError(
+            f"label_map {given.label_map!r} is about folders of images, but the data are none: leave it out"
+        )
+    maps = dict.fromkeys(folders, given.label_map)
+    calibration = load(given.calibration, samples=given.calibration_samples, label_map=maps.get(given.calibration))
+    judged = load(
+        given.validation, samples=given.validation_samples, exclude=calibration, label_map=maps.get(given.validation)
+    )
+    validation = _Kept(judged, device)
     kept = [_on(device, batch) for batch in calibration]
     recorder = Recorder(float.model)
     metrics = evaluate(recorder, validation)
