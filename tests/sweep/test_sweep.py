@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 from typer.testing import CliRunner
@@ -205,6 +206,19 @@ def test_files_that_say_nothing_are_refused_by_field(tmp_path: Path) -> None:
     path.write_text("models: []\ngrdi: {}\n")
     with pytest.raises(RecipeError, match="grdi"):
         load_sweep(path)
+
+
+def test_a_dry_run_says_what_is_to_do_and_what_is_skipped_and_does_nothing(tmp_path: Path) -> None:
+    rule = {"forbid": {"weight-bit-width": 8, "act-bit-width": 4}, "reason": "not wanted"}
+    file, store = tmp_path / "grid.yaml", tmp_path / "store"
+    file.write_text(yaml.safe_dump({**GRID, "constraints": [rule]}))
+    typed = ["sweep", "run", str(file), "--output", str(store), "--dry-run"]
+    said = CliRunner().invoke(app, typed).stdout
+    assert said.splitlines() == ["3 to run, 0 finished, 1 skipped", "skipped 1: not wanted"]
+    assert not store.exists()
+    run_sweep(Sweep.model_validate({**GRID, "grid": {"weight-bit-width": [8], "act-bit-width": [8]}}), store,
+              InstantEngine())  # fmt: skip
+    assert CliRunner().invoke(app, typed).stdout.startswith("2 to run, 1 finished, 1 skipped")
 
 
 STATING = """

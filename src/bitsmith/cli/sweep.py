@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from .app import app
 
 if TYPE_CHECKING:
+    from ..sweep import Sweep
     from ..sweep.local import Engine
 
 sweep = typer.Typer(no_args_is_help=True, help="Run many configurations; a killed sweep goes on where it was.")
@@ -34,6 +36,7 @@ def run(
     device: Annotated[str, typer.Option(help="Local: where all workers compute, such as cuda:0")] = "cpu",
     retries: Annotated[int, typer.Option(min=0, help="How often to try again when a worker dies")] = 2,
     retry_failed: Annotated[bool, typer.Option(help="Run rows again that failed before")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run and what skipped, and end")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress")] = False,
 ) -> None:
     """Run every configuration of GRID.YAML that the store does not have yet."""
@@ -44,6 +47,9 @@ def run(
     if engine == "ray" and device != "cpu":
         raise typer.BadParameter("--device goes with --engine local: give --gpus, and Ray assigns the devices")
     read = load_sweep(grid)
+    if dry_run:
+        print(_plan(read, output))
+        return
     counts = run_sweep(
         read, output, _engine(engine, workers or os.cpu_count() or 1, address, gpus, retries, device),
         retry_failed=retry_failed, watch=_progress(quiet),
@@ -122,6 +128,20 @@ def report(
     from ..sweep.view import write_sweep_page
 
     print(write_sweep_page(Store(folder, create=False).rows(), output or folder / "report.html", cost=cost))
+
+
+def _plan(read: Sweep, output: Path) -> str:
+    """What a sweep has to do, beside what its store has, and the reasons of what is skipped."""
+    from ..sweep import Store
+    from ..sweep.store import FILE
+
+    rows = Store(output, create=False).rows() if (output / FILE).is_file() else []
+    finished = {row["key"] for row in rows if row["status"] in ("done", "failed")}
+    distinct = {one.key: one for one in read.configurations()}.values()
+    skipped = Counter(one.skipped for one in distinct if one.skipped is not None)
+    there = sum(one.key in finished for one in distinct)
+    lines = [f"{len(distinct) - there - skipped.total()} to run, {there} finished, {skipped.total()} skipped"]
+    return "\n".join([*lines, *(f"skipped {count}: {reason}" for reason, count in skipped.most_common())])
 
 
 def _engine(name: str, workers: int, address: str | None, gpus: float, retries: int, device: str) -> Engine:
