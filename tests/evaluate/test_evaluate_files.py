@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bitsmith as bs
-from bitsmith.errors import BitsmithError
+from bitsmith.errors import BitsmithError, ExportError
 from bitsmith.evaluate import ArrayData
 from bitsmith.evaluate import job as jobs
 from bitsmith.evaluate.job import Job, JobSettings, check_settings, run_job
@@ -143,6 +143,23 @@ def test_what_has_no_file_is_refused_with_a_remedy(
 def test_a_placement_beside_the_recipe_is_checked_too() -> None:
     with pytest.raises(BitsmithError, match="placement 'layerwise'"):
         check_settings(JobSettings(target="tda4vm", placement="layerwise"))
+
+
+class Branching(Net):
+    """No tracer follows a branch on a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.sum()) > 0 else -x)
+
+
+def test_a_model_without_a_graph_is_refused_before_the_work_where_it_should_have_a_file(tmp_path: Path) -> None:
+    said: list[str] = []
+    job = Job(Branching().eval(), ArrayData(X), settings=JobSettings(placement="layerwise"), say=said.append)
+    with pytest.raises(ExportError, match=r"module hooks.*without --output measures it"):
+        run_job(job, tmp_path / "out")
+    assert said == []
+    assert not (tmp_path / "out").exists()
+    assert jobs.simulate(job)[0].metrics["simulated"].samples == 16
 
 
 def test_without_files_all_numbers_can_be_simulated() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ..capture import capture, evaluation_mode, read_batches
 from ..deployment import deploy
-from ..errors import BitsmithError, DataError, ExportError, MissingExtraError, VerificationError
+from ..eager import has_stubs
+from ..errors import BitsmithError, CaptureError, DataError, ExportError, MissingExtraError, VerificationError
 from ..export import export_ai8x, export_onnx, export_torchscript
 from ..files import staged_dir, write_text
 from ..flow import quantize
@@ -132,6 +135,7 @@ def run_job(job: Job, output: str | Path) -> JobResult:
     """Quantize, write, verify and measure. ``output`` gets all files at the end, or, on an error, none."""
     job = replace(job, settings=check_settings(job.settings, files=True))
     with staged_dir(output) as folder:
+        _check_graph(job)
         result, quantized, recorder = simulate(job)
         if device_of(job.model).type != "cpu":  # files are made, verified and timed where they run
             job, quantized = replace(job, model=copy.deepcopy(job.model).cpu()), quantized.cpu()
@@ -155,6 +159,23 @@ def run_job(job: Job, output: str | Path) -> JobResult:
         result.files = {name: str(final / name) for name in names}
         write_text(folder / REPORT_FILE, result.model_dump_json(indent=2) + "\n")
     return result
+
+
+def _check_graph(job: Job) -> None:
+    """A model that only module hooks can follow has no file: placement 'layerwise' would find out at the end."""
+    recipe = job.settings.load_recipe()
+    if (job.settings.placement or recipe.placement) != "layerwise" or has_stubs(job.model):
+        return
+    with evaluation_mode(job.model), progress_callback(job.show_progress, "capturing the model"):
+        (example,) = read_batches(job.model, itertools.islice(job.calibration, 1))
+        device = device_of(job.model)
+        try:
+            capture(job.model, torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), example))
+        except CaptureError as error:
+            raise ExportError(
+                "placement 'layerwise' would quantize this model by module hooks, without a graph that a file could be "
+                f"made of; 'bitsmith evaluate' without --output measures it. What keeps it from a graph: {error}"
+            ) from error
 
 
 def _conversions(job: Job) -> list[str]:
