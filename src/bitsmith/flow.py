@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .calibrate import calibrate, parse_memory
 from .calibrate.blocks import batch_size
-from .calibrate.noise import Noise
 from .calibrate.remembered import FloatStatistics
 from .calibrate.streaming import quantize_hooked
 from .calibrate.walk import Progress, WalkLog
@@ -26,6 +24,7 @@ from .errors import CaptureError, CollapseError, DataError, PlacementError, Reci
 from .model import QuantizedModel
 from .place.chip_limits import refuse_float
 from .place.place import Placed, place
+from .prepare.gate import Trial
 from .prepare.prepare import prepare
 from .recipe import Override, PlacementName, Recipe, load_recipe
 from .report.build import build_report
@@ -114,7 +113,7 @@ def quantize_graph(
     clock = _Clock(seconds)
     samples = noise_samples or recipe.samples
     notes = [*notes, *graph.meta.get("notes", [])]
-    graph, prepared = prepare(graph, recipe, batches, partial(output_sqnr, batches, recipe, target))
+    graph, prepared = prepare(graph, recipe, batches, partial(held_out, batches, recipe, target))
     notes += prepared
     clock.lap("prepare")
     seen = None if remembered is None else remembered.of(graph)
@@ -129,8 +128,10 @@ def quantize_graph(
     return finish(graph, recipe, target, placed, log, notes, seconds, signature)
 
 
-def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule) -> float:
-    """Signal to noise at the outputs of a graph, in dB, from a short walk with a copy of it.
+def held_out(
+    batches: list[Arguments], recipe: Recipe, target: Target, graph: fx.GraphModule, exact: fx.GraphModule
+) -> Trial:
+    """Noise at the outputs of a graph against those of another, from a short walk with a copy of it.
 
     The first samples calibrate, the last ones judge: rounding fits what it is calibrated with.
     """
@@ -142,14 +143,22 @@ def output_sqnr(batches: list[Arguments], recipe: Recipe, target: Target, graph:
     few = batches[:1] if fixed else _samples(batches, half, first_samples)
     judged = batches[-1:] if fixed else _samples(batches[::-1], half, last_samples)
     calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=half, steps=steps)
-    noise = Noise()
+    errors, signals = [], []
     with torch.no_grad():
         for args, kwargs in judged:
-            found = tensors_of(trial(*args, **kwargs))
-            for exact, value in zip(tensors_of(graph(*args, **kwargs)), found, strict=True):
-                if exact.is_floating_point():
-                    noise.update(exact, value)
-    return -math.inf if noise.db is None else noise.db
+            count = sample_count((args, kwargs))
+            outputs = zip(tensors_of(exact(*args, **kwargs)), tensors_of(trial(*args, **kwargs)), strict=True)
+            pairs = [(x, found) for x, found in outputs if x.is_floating_point()]
+            errors.append(sum((_by_sample(found - x, count) for x, found in pairs), torch.zeros(count)))
+            signals.append(sum((_by_sample(x, count) for x, _ in pairs), torch.zeros(count)))
+    return Trial(torch.cat(errors), torch.cat(signals))
+
+
+def _by_sample(x: Tensor, count: int) -> Tensor:
+    """The sum of squares of each sample's values; of a value that all of a batch share, its part."""
+    if x.ndim and x.shape[0] == count:
+        return x.double().square().reshape(count, -1).sum(1).cpu()
+    return x.double().square().sum().cpu().expand(count) / count
 
 
 def _samples(batches: list[Arguments], count: int, cut: Callable[[Arguments, int], Arguments]) -> list[Arguments]:

@@ -90,7 +90,7 @@ def test_ranges_follow_the_papers_equation(name: str) -> None:
 
 def test_outliers_cost_less_afterwards() -> None:
     torch.manual_seed(0)
-    model, x = _Block(nn.LayerNorm(16)), torch.randn(64, 5, 16)
+    model, x = _Block(nn.LayerNorm(16)), torch.randn(512, 5, 16)
     steps = ("fold_batch_norm", {"equalize_activations": {"alpha": "search"}})
     recipe = Recipe.model_validate({**INT8.model_dump(), "steps": steps})
     plain = bs.quantize(model, [x], Recipe.model_validate({**INT8.model_dump(), "steps": ("fold_batch_norm",)}))

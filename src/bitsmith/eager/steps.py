@@ -15,7 +15,7 @@ from ..calibrate.watching import WatchingQuantizer
 from ..capture import ForwardFunction, capture, evaluation_mode, read_batches
 from ..capture.ops import op_of
 from ..errors import CaptureError, DataError
-from ..flow import channels_last, check_arguments, output_sqnr, resolve
+from ..flow import channels_last, check_arguments, held_out, resolve
 from ..model import QuantizedModel
 from ..nn import QuantModule
 from ..place.place import place
@@ -75,7 +75,7 @@ def prepare(
             ) from error
     recipe = with_module_recipes(recipe, model, graph)
     notes = list(graph.meta.get("notes", []))
-    graph, done = rewrite(graph, recipe, [example], partial(output_sqnr, [example], recipe, target))
+    graph, done = rewrite(graph, recipe, [example], partial(held_out, [example], recipe, target))
     notes += done
     if any(step.stage == "prepare" and step.name != "fold_batch_norm" for step in recipe.steps):
         notes.append("equalization was measured on the example inputs, since no other batch had been run yet")

@@ -14,11 +14,10 @@ from ..recipe import Recipe
 from .equalize import equalize
 from .equalize_activations import equalize_activations
 from .fold_batch_norm import fold_batch_norm
+from .gate import Trial, objection
 from .split_channels import split_channels
 
-Judge = Callable[[fx.GraphModule], float]  # signal to noise ratio at the outputs once quantized, in dB
-
-_CLEARLY = 0.1  # dB
+Judge = Callable[[fx.GraphModule, fx.GraphModule], Trial]  # a graph, once quantized, against a float one
 
 _REWRITES: dict[str, Callable[[fx.GraphModule, list[Arguments], Any, Recipe], str]] = {
     "equalize": equalize,
@@ -33,23 +32,26 @@ def prepare(
     """The graph after the steps of stage ``prepare``, and a line on what each did.
 
     Folding a batch norm always helps. What moves ranges from one layer to another may do harm (equalization does
-    where weights have a scale per channel): such a step is kept only where ``judge`` finds clearly less noise after it.
+    where weights have a scale per channel): such a step is kept only where ``judge`` finds clearly and noticeably less
+    noise after it (``gate.py``), against the outputs of the graph before any of them.
     """
     notes: list[str] = []
-    before: float | None = None
+    exact: fx.GraphModule | None = None
+    before: Trial | None = None
     for step in recipe.steps:
         if step.name == "fold_batch_norm":
             notes += fold_batch_norm(graph)
         elif step.name in _REWRITES:
-            before = judge(graph) if before is None else before
+            exact = exact or graph
+            before = before or judge(graph, exact)
             candidate = copy_graph(graph)
             with torch.no_grad():
                 note = _REWRITES[step.name](candidate, batches, step, recipe)
-            after = judge(candidate)
-            noise = f"output SQNR {before:.1f} dB without it, {after:.1f} dB with it"
-            if after > before + _CLEARLY:
+            after = judge(candidate, exact)
+            noise = f"output SQNR {before.db:.1f} dB without it, {after.db:.1f} dB with it"
+            if reason := objection(before, after):
+                notes.append(f"{step.name}: undone, {noise}: {reason}")
+            else:
                 graph, before = candidate, after
                 notes.append(f"{step.name}: {note}; {noise}")
-            else:
-                notes.append(f"{step.name}: undone, {noise}")
     return graph, notes

@@ -35,7 +35,7 @@ from ..capture.inputs import Arguments, first_samples, sample_count
 from ..capture.ops import layer_of, module_of, op_of, quantizer_of
 from ..eager import has_stubs, with_module_recipes
 from ..errors import DataError
-from ..flow import channels_last, check_arguments, output_sqnr, resolve
+from ..flow import channels_last, check_arguments, held_out, resolve
 from ..grid import IntFormat
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
@@ -105,7 +105,7 @@ def prepared_graph(
         raise DataError("the model has stubs that say where it is quantized: layers cannot be switched one by one")
     graph = capture(model, batches[0])
     recipe = with_module_recipes(recipe, model, graph)
-    graph, _ = prepare(graph, recipe, batches, partial(output_sqnr, batches, recipe, target))
+    graph, _ = prepare(graph, recipe, batches, partial(held_out, batches, recipe, target))
     channels_last(graph)
     return graph, recipe
 
