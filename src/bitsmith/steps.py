@@ -43,7 +43,9 @@ class Equalize(_Step):
     """Cross-layer equalization (arXiv 1906.04721, section 4.1): one range for the layers on both sides of a channel.
 
     With ``objective`` "noise" the scales are those that leave the least noise at the outputs, to first order, and
-    ``iterations`` and ``merge_bias`` have no meaning.
+    ``iterations`` and ``merge_bias`` have no meaning. Channels that reach a clip such as ReLU6 stay as they are,
+    unless ``clips`` is "trade": then a clip may cut a channel elsewhere where that costs less than it gains, and the
+    function is no longer quite the same.
     """
 
     stage: ClassVar[Stage] = "prepare"
@@ -51,9 +53,12 @@ class Equalize(_Step):
     iterations: int = Field(default=20, ge=1, le=1000, description="sweeps; it stops when nothing moves any more")
     merge_bias: bool = Field(default=False, description="let the bias of a channel count in its range")
     objective: Literal["range", "noise"] = "range"
+    clips: Literal["keep", "trade"] = "keep"
 
     @model_validator(mode="after")
     def _consistent(self) -> Equalize:
+        if self.clips == "trade" and self.objective == "range":
+            raise ValueError("equalize: clips 'trade' weighs noise, so it belongs to objective 'noise'")
         if self.objective == "noise" and (given := {"iterations", "merge_bias"} & self.model_fields_set):
             raise ValueError(f"equalize: {', '.join(sorted(given))} belong to objective 'range'")
         return self

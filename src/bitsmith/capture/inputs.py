@@ -168,6 +168,11 @@ def last_samples(arguments: Arguments, count: int) -> Arguments:
     return _cut(arguments, slice(-count, None))
 
 
+def sample(arguments: Arguments, index: int) -> Arguments:
+    """One sample of a batch, as a batch of one."""
+    return _cut(arguments, slice(index, index + 1))
+
+
 def _cut(arguments: Arguments, samples: slice) -> Arguments:
     found = sample_count(arguments)
     cut = lambda t: t[samples] if t.ndim and t.shape[0] == found else t  # noqa: E731

@@ -19,7 +19,9 @@ from ..capture.ops import layer_of
 from ..recipe import Recipe
 from ..steps import Equalize
 from .channels import FIXED, ChannelFlow
+from .gradients import SHIFTS
 from .noise import quietest_scales
+from .structure import takes_any_batch
 from .weights import in_range, out_range, scale_inputs, scale_outputs
 
 _DEAD = 1e-8  # of the largest range of a layer: such a channel is left alone
@@ -31,12 +33,14 @@ def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize,
 
     The function stays what it was, to float rounding. In front of a clip such as ReLU6 that holds for inputs that
     come no further than ``batches`` do: channels that reach the clip there are left alone, the others stay below it.
+    Where ``options.clips`` is "trade", clips may cut elsewhere, as far as that costs less than it gains.
     """
     flow = ChannelFlow(graph).follow(one_sample(graph, batches[0]))
-    limit = limits(flow, graph, batches)
+    trade = options.clips == "trade"
+    limit = limits(flow, graph, batches, traded=trade)
     total = torch.ones(flow.count, dtype=torch.float64)
     if options.objective == "noise":
-        total = quietest_scales(flow, graph, batches[0], limit, recipe)
+        total = quietest_scales(flow, graph, batches, limit, flow.clips if trade else [], recipe)
         apply_scales(flow, total)
     for _ in range(options.iterations if options.objective == "range" else 0):
         step = _step(flow, options)
@@ -51,11 +55,7 @@ def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize,
 
 def one_sample(graph: fx.GraphModule, arguments: Arguments) -> Arguments:
     """The first sample of a batch, if the model takes any number of them."""
-    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
-    tensors = [v for v in values if isinstance(v, Tensor) and v.ndim]
-    if not tensors or not all(isinstance(v.shape[0], torch.SymInt) for v in tensors):
-        return arguments
-    return first_samples(arguments, 1)
+    return first_samples(arguments, 1) if takes_any_batch(graph) else arguments
 
 
 def _step(flow: ChannelFlow, options: Equalize) -> Tensor:
@@ -116,18 +116,21 @@ def channel_ends(
     return seen.ends
 
 
-def limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments]) -> Tensor:
-    """The largest scale of every channel that keeps it clear of the clips it meets; what meets one is fixed."""
+def limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments], *, traded: bool = False) -> Tensor:
+    """The largest scale of every channel that keeps it clear of the clips it meets; what meets one is fixed.
+
+    Where clips are ``traded`` nothing is fixed, and any channel may grow as far as the cost of cutting it is known.
+    """
     limit = torch.full((flow.count,), torch.inf, dtype=torch.float64)
     ends = channel_ends(graph, batches, [clip.node for clip in flow.clips]) if flow.clips else {}
     for clip in flow.clips:
         low, high = ends[clip.node]
         room = torch.where(high > 0, clip.high / high, torch.inf)
-        meets = high >= clip.high
         if clip.low < 0:
             room = torch.minimum(room, torch.where(low < 0, clip.low / low, torch.inf))
-            meets |= low <= clip.low
+        room = room.clamp_min(float(SHIFTS[-1].exp())) if traded else room
         roots = flow.roots[clip.channels]
         limit.scatter_reduce_(0, roots, room, "amin")
-        flow.roots = torch.where(torch.isin(flow.roots, roots[meets]), FIXED, flow.roots)
+        if not traded:
+            flow.roots = torch.where(torch.isin(flow.roots, roots[room <= 1]), FIXED, flow.roots)
     return limit[flow.roots]

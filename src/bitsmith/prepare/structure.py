@@ -43,6 +43,13 @@ def resize(graph: fx.GraphModule, layer: str, weight: Tensor, bias: Tensor | Non
     graph.meta.setdefault("structure", []).append({"resize": layer, **shapes})
 
 
+def takes_any_batch(graph: fx.GraphModule) -> bool:
+    """Whether all inputs may hold any number of samples."""
+    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+    tensors = [v for v in values if isinstance(v, Tensor) and v.ndim]
+    return bool(tensors) and all(isinstance(v.shape[0], torch.SymInt) for v in tensors)
+
+
 def propagate_shapes(graph: fx.GraphModule) -> None:
     """Bring the example values of all nodes up to date with the layers."""
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]

@@ -38,7 +38,11 @@ def out_channels(layer: Any) -> int:
 
 def by_channel(layer: Any) -> Tensor:
     """The weight as (groups, out / groups, in / groups, taps), a view where that is possible."""
-    weight: Tensor = layer.weight.detach()
+    return arranged(layer, layer.weight.detach())
+
+
+def arranged(layer: Any, weight: Tensor) -> Tensor:
+    """A tensor of the weight's shape as (groups, out / groups, in / groups, taps)."""
     groups = getattr(layer, "groups", 1)
     if isinstance(layer, _TRANSPOSED):  # (in, out / groups, *kernel)
         return weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).transpose(1, 2)
