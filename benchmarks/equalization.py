@@ -3,9 +3,9 @@
     python -m benchmarks.equalization [--nets resnet20 ...] [--settings "W8A8 per tensor" ...] [--quick] [--csv FILE]
 
 Each row quantizes with one step more than the first of its setting. Beside the change in top-1 stands its standard
-error over the judged samples (the square root of how many changed between right and wrong), and agreement with the float
-model and the outputs' noise, in which a real loss shows earlier. A step that the gate has undone leaves the very same
-model, which is not judged again. The CSV file is added to row by row. ``--quick`` judges 1,000 samples.
+error over the judged samples (the square root of how many changed between right and wrong), and agreement with the
+float model and the outputs' noise, in which a real loss shows earlier. A step that the gate has undone leaves the very
+same model, which is not judged again. The CSV file is added to row by row. ``--quick`` judges 1,000 samples.
 """
 
 from __future__ import annotations

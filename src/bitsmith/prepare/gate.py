@@ -14,6 +14,7 @@ from torch import Tensor
 
 _SURE = 3.0  # standard errors of the mean gain, in decibels, over samples
 _WORTH = 0.005  # of the signal's power: what noise must fall by, or by a third where that is less
+_NOTHING = 0.001  # of the signal's power: noise that nothing is to be gained from
 _LEAST = 0.1  # of the noise: what it must fall by where it is large
 
 
@@ -46,7 +47,7 @@ def objection(before: Trial, after: Trial) -> str:
     gain = before.share - after.share
     if not gain > 0:
         return "no gain"
-    if gain < max(_LEAST * before.share, min(_WORTH, before.share / 3)):
+    if before.share < _NOTHING or gain < max(_LEAST * before.share, min(_WORTH, before.share / 3)):
         return "too little to matter"
     least = torch.finfo(torch.float64).tiny
     decibels = 10 * (before.errors.clamp_min(least).log10() - after.errors.clamp_min(least).log10())
