@@ -1,6 +1,7 @@
 """Equalization and splitting beside the same recipe without them: accuracy, and what the gate decided.
 
-    python -m benchmarks.equalization [--nets resnet20 ...] [--settings "W8A8 per tensor" ...] [--quick] [--csv FILE]
+    python -m benchmarks.equalization [--nets resnet20 ...] [--settings "W8A8 per tensor" ...]
+                                      [--steps equalize ...] [--quick] [--csv FILE]
 
 Each row quantizes with one step more than the first of its setting. Beside the change in top-1 stands its standard
 error over the judged samples (the square root of how many changed between right and wrong), and agreement with the
@@ -61,21 +62,22 @@ def noise_db(exact: Tensor, found: Tensor) -> float:
     return float(10 * torch.log10(exact.square().sum() / (found - exact).square().sum()))
 
 
-def measure(net: str, loaded: nets.Benchmark, exact: Tensor, setting: str, without: dict[str, Tensor]) -> Any:
-    """The rows of one setting; ``without`` keeps the outputs that the others are compared with."""
+def measure(net: str, loaded: nets.Benchmark, exact: Tensor, setting: str, steps: list[str]) -> Any:
+    """The rows of one setting, that without a step first."""
     labels = torch.cat([y for _, y in loaded.test])
     same = lambda scores: 100 * float((scores.argmax(1) == exact.argmax(1)).double().mean())  # noqa: E731
     right = lambda scores: scores.argmax(1) == labels  # noqa: E731
+    plain: Tensor | None = None
     for name, step in STEPS.items():
-        if "clips" in name and net not in WITH_CLIPS:
+        if ("clips" in name and net not in WITH_CLIPS) or (step is not None and name not in steps):
             continue
         start = time.perf_counter()
         q = bs.quantize(loaded.model, loaded.calibration, recipe(setting, step))
         seconds = time.perf_counter() - start
         gate = next((note for note in q.report.notes if step is not None and note.startswith(f"{step.name}: ")), "")
         kept = step is None or not gate.startswith(f"{step.name}: undone")
-        found = answers(q, loaded.test) if kept else without[setting]
-        plain = without.setdefault(setting, found)
+        found = plain if plain is not None and not kept else answers(q, loaded.test)
+        plain = found if plain is None else plain
         changed = int((right(found) != right(plain)).sum())
         top1, before = (100 * float(right(scores).double().mean()) for scores in (found, plain))
         yield {
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
@@ -107,7 +110,7 @@ def main() -> None:
         for setting in options.settings:
             if setting.endswith("GPTQ") and net not in WITH_GPTQ:
                 continue
-            for r in measure(net, loaded, exact, setting, {}):
+            for r in measure(net, loaded, exact, setting, options.steps):
                 print(f"{net:18}{setting:24}{r['step']:31}{r['kept']:7}{r['top1']:7.2f}{r['change']:+7.2f}"
                       f" +-{r['change_error']:5.2f}{r['agreement']:8.2f}{r['sqnr_db']:7.2f} dB{r['prepare_s']:7.2f} s"
                       f"{r['quantize_s']:7.2f} s", flush=True)  # fmt: skip

@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from ..steps import Equalize
 from .channels import FIXED, ChannelFlow
 from .gradients import SHIFTS
-from .noise import quietest_scales
+from .noise import feel, quietest_scales
 from .structure import takes_any_batch
 from .weights import in_range, out_range, scale_inputs, scale_outputs
 
@@ -40,7 +40,8 @@ def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize,
     limit = limits(flow, graph, batches, traded=trade)
     total = torch.ones(flow.count, dtype=torch.float64)
     if options.objective == "noise":
-        total = quietest_scales(flow, graph, batches, limit, flow.clips if trade else [], recipe)
+        noise = feel(flow, graph, batches, recipe, flow.clips if trade else [])
+        total = quietest_scales(flow, noise, limit, recipe)
         apply_scales(flow, total)
     for _ in range(options.iterations if options.objective == "range" else 0):
         step = _step(flow, options)
@@ -128,9 +129,9 @@ def limits(flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments], *
         room = torch.where(high > 0, clip.high / high, torch.inf)
         if clip.low < 0:
             room = torch.minimum(room, torch.where(low < 0, clip.low / low, torch.inf))
-        room = room.clamp_min(float(SHIFTS[-1].exp())) if traded else room
-        roots = flow.roots[clip.channels]
-        limit.scatter_reduce_(0, roots, room, "amin")
-        if not traded:
-            flow.roots = torch.where(torch.isin(flow.roots, roots[room <= 1]), FIXED, flow.roots)
+        if traded:
+            room = room.clamp_min(float(SHIFTS[-1].exp()))
+        clipped = flow.roots[clip.channels]
+        limit.scatter_reduce_(0, clipped, room, "amin")
+        flow.roots = torch.where(torch.isin(flow.roots, clipped[room <= 1]), FIXED, flow.roots)
     return limit[flow.roots]

@@ -24,7 +24,7 @@ from .gradients import SHIFTS, Felt, Gradients
 from .weights import by_channel
 
 _SAMPLES = 64
-_STEPS, _RATE = 400, 0.02
+_STEPS, _RATE, _FINE_RATE = 400, 0.05, 0.02
 _LEAST = 1e-12
 
 
@@ -39,35 +39,47 @@ class _Layer:
     peaks: Tensor
 
 
-def quietest_scales(
-    flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments], limit: Tensor, clips: list[Clip],
-    recipe: Recipe,
-) -> Tensor:  # fmt: skip
-    """The scale of every channel that leaves the least noise at the outputs; never above ``limit``.
+@dataclass
+class Noise:
+    """The noise at the outputs as a function of the scales: of layers, and of clips that may cut elsewhere."""
 
-    ``clips`` are those that may cut elsewhere than they do.
-    """
+    layers: list[_Layer]
+    clips: list[tuple[Tensor, Tensor]]  # the channels in front of a clip, and what cutting them elsewhere costs
+
+
+def feel(
+    flow: ChannelFlow, graph: fx.GraphModule, batches: list[Arguments], recipe: Recipe, clips: list[Clip]
+) -> Noise:
+    """Measure what noise depends on, from a few samples."""
     links = {name: link for name, link in flow.links.items() if link.reads is not None}
     centred = any(step.stage == "bias" for step in recipe.steps)
     found = Gradients(graph, links, clips, centred=centred).take(batches, _SAMPLES)
-    layers = [_layer(links[name], felt) for name, felt in found.layers.items()]
-    tables = [(clip.channels, found.clipped[clip.node].float()) for clip in clips if clip.node in found.clipped]
+    tables = [(clip.channels, found.clipped[clip.node].float()) for clip in clips]
+    return Noise([_layer(links[name], felt) for name, felt in found.layers.items()], tables)
+
+
+def quietest_scales(flow: ChannelFlow, noise: Noise, limit: Tensor, recipe: Recipe) -> Tensor:
+    """The scale of every channel that leaves the least noise at the outputs; never above ``limit``.
+
+    Without clips that may cut elsewhere this is convex; with them smaller steps find more.
+    """
     free = _free(flow)
     most = torch.full((flow.count,), torch.inf, dtype=torch.float64).scatter_reduce(0, flow.roots, limit, "amin").log()
+    rate = _FINE_RATE if noise.clips else _RATE
     log_scale = torch.zeros(flow.count, requires_grad=True)
-    optimizer = torch.optim.Adam([log_scale], lr=_RATE)
-    best, least = torch.zeros_like(log_scale), torch.inf
+    optimizer = torch.optim.Adam([log_scale], lr=rate)
+    best, least = log_scale.detach().clone(), torch.inf
     with torch.enable_grad():
         for step in range(_STEPS):
-            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / _STEPS)
             optimizer.zero_grad()
             scales = log_scale[flow.roots]
-            parts = [_noise(layer, scales, recipe) for layer in layers]
-            parts += [_cost(scales[channels], table) for channels, table in tables]
-            noise = torch.stack(parts).logsumexp(0)
-            if noise.item() < least:
-                best, least = log_scale.detach().clone(), noise.item()
-            torch.autograd.backward(noise)
+            parts = [_of_layer(layer, scales, recipe) for layer in noise.layers]
+            parts += [_of_clip(scales[channels], table) for channels, table in noise.clips]
+            total = torch.stack(parts).logsumexp(0)
+            if total.item() < least:
+                best, least = log_scale.detach().clone(), total.item()
+            torch.autograd.backward(total)
             optimizer.step()
             with torch.no_grad():
                 log_scale.copy_(torch.where(free, torch.minimum(log_scale, most), 0.0))
@@ -86,7 +98,7 @@ def _free(flow: ChannelFlow) -> Tensor:
     return free
 
 
-def _noise(layer: _Layer, log_scale: Tensor, recipe: Recipe) -> Tensor:
+def _of_layer(layer: _Layer, log_scale: Tensor, recipe: Recipe) -> Tensor:
     """The logarithm of the noise that a layer's weights and input add to the outputs."""
     groups, outputs, inputs = layer.weights.shape
     reads = log_scale[layer.link.reads]
@@ -108,7 +120,7 @@ def _log_step(spec: TensorSpec, width: float) -> float:
     return 2 * math.log(width * 2.0**-bits) - math.log(12)
 
 
-def _cost(log_scale: Tensor, table: Tensor) -> Tensor:
+def _of_clip(log_scale: Tensor, table: Tensor) -> Tensor:
     """The logarithm of what clips cost that cut channels elsewhere: between entries of the table, roots are linear."""
     at = ((log_scale - SHIFTS[0]) / (SHIFTS[1] - SHIFTS[0])).float().clamp(0.0, len(SHIFTS) - 1.001)
     below = at.detach().floor().long().unsqueeze(0)
