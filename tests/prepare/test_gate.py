@@ -56,17 +56,16 @@ def test_decibels() -> None:
 
 
 def test_a_rewrite_is_held_against_the_model_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs of 0 have no rounding error of their own."""
+    """A tenth of the outputs has as little noise of its own as before, and is another function."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     x = torch.randn(16, 3, 8, 8)
 
-    def silence(graph: fx.GraphModule, *_: Any) -> str:
-        graph.get_submodule("2").weight.data.zero_()
-        graph.get_submodule("2").bias.data.zero_()
-        return "silenced"
+    def hush(graph: fx.GraphModule, *_: Any) -> str:
+        graph.get_submodule("2").weight.data.mul_(0.1)
+        graph.get_submodule("2").bias.data.mul_(0.1)
+        return "hushed"
 
-    monkeypatch.setitem(rewrites, "equalize", silence)
+    monkeypatch.setitem(rewrites, "equalize", hush)
     q = bs.quantize(model, [x], bits_recipe(4, 8, steps=("fold_batch_norm", "equalize")))
-    assert any(n.startswith("equalize: undone") and n.endswith("0.0 dB with it: no gain") for n in q.report.notes)
-    assert float(q(x).abs().max()) > 0
+    assert any(n.startswith("equalize: undone") and n.endswith("0.9 dB with it: no gain") for n in q.report.notes)

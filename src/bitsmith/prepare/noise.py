@@ -24,7 +24,7 @@ from .gradients import SHIFTS, Felt, Gradients
 from .weights import by_channel
 
 _SAMPLES = 64
-_STEPS, _RATE, _FINE_RATE = 400, 0.05, 0.02
+_STEPS, _RATE = 400, 0.02
 _LEAST = 1e-12
 
 
@@ -59,19 +59,15 @@ def feel(
 
 
 def quietest_scales(flow: ChannelFlow, noise: Noise, limit: Tensor, recipe: Recipe) -> Tensor:
-    """The scale of every channel that leaves the least noise at the outputs; never above ``limit``.
-
-    Without clips that may cut elsewhere this is convex; with them smaller steps find more.
-    """
+    """The scale of every channel that leaves the least noise at the outputs; never above ``limit``."""
     free = _free(flow)
     most = torch.full((flow.count,), torch.inf, dtype=torch.float64).scatter_reduce(0, flow.roots, limit, "amin").log()
-    rate = _FINE_RATE if noise.clips else _RATE
     log_scale = torch.zeros(flow.count, requires_grad=True)
-    optimizer = torch.optim.Adam([log_scale], lr=rate)
+    optimizer = torch.optim.Adam([log_scale], lr=_RATE)
     best, least = log_scale.detach().clone(), torch.inf
     with torch.enable_grad():
         for step in range(_STEPS):
-            optimizer.param_groups[0]["lr"] = rate * (1 - step / _STEPS)
+            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
             optimizer.zero_grad()
             scales = log_scale[flow.roots]
             parts = [_of_layer(layer, scales, recipe) for layer in noise.layers]
