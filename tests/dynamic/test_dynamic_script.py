@@ -1,4 +1,4 @@
-"""TorchScript files of dynamically quantized models, which PyTorch runs alone."""
+"""TorchScript and .pt2 files of dynamically quantized models, which PyTorch runs alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import bitsmith as bs
 from bitsmith.errors import CaptureError, ExportError
 
 _LOADER = """
-import sys, torch
+import os, sys, torch
 sys.modules["bitsmith"] = None
 folder = sys.argv[1]
 for name in sys.argv[2:]:
-    file = torch.jit.load(f"{folder}/{name}.pt")
+    pt2 = f"{folder}/{name}.pt2"
+    file = torch.export.load(pt2).module() if os.path.exists(pt2) else torch.jit.load(f"{folder}/{name}.pt")
     for inputs, expected in torch.load(f"{folder}/{name}.pth", weights_only=True):
         with torch.no_grad():
             found = torch.utils._pytree.tree_leaves(file(*inputs))
@@ -77,6 +78,17 @@ def test_files_run_without_bitsmith_at_other_sizes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", _LOADER, str(tmp_path), *MODELS], check=True)
 
 
+def test_pt2_files_run_without_bitsmith_at_other_sizes(tmp_path: Path) -> None:
+    names = ("tagger", "decoder")
+    for name in names:
+        model, example, other = MODELS[name]
+        q = bs.quantize_dynamic(model.eval())
+        q(*example)
+        bs.export_pt2(q, tmp_path / f"{name}.pt2")
+        torch.save([(x, tree_leaves(q(*x))) for x in (example, other)], tmp_path / f"{name}.pth")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _LOADER, str(tmp_path), *names], check=True)
+
+
 def test_a_certificate_of_such_a_file(tmp_path: Path) -> None:
     model, example, _ = MODELS["lstm"]
     q = bs.quantize_dynamic(model.eval(), target="torch", example_inputs=example)
@@ -88,6 +100,8 @@ def test_what_has_no_file_says_so(tmp_path: Path) -> None:
     q = bs.quantize_dynamic(nn.LSTM(8, 16), example_inputs=torch.randn(4, 2, 8))
     with pytest.raises(ExportError, match="'int8' alone"):
         bs.export_torchscript(q, tmp_path / "m.pt", style="qcdq")
+    with pytest.raises(ExportError, match="export_torchscript or export_onnx"):
+        bs.export_pt2(q, tmp_path / "m.pt2")
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 8), torch.randn(2, 8)])
     q = bs.quantize_dynamic(nn.LSTM(8, 16))
     q(packed)

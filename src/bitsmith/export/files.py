@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..capture import evaluation_mode
 from ..capture.inputs import batch_arguments
@@ -89,9 +90,9 @@ def export_torchscript(
 class _Simulation(nn.Module):
     """The fake-quantized graph alone, which torch.export can follow."""
 
-    def __init__(self, q: QuantizedModel) -> None:
+    def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
-        self.layers = q.graph  # not 'graph': that is a name of fx's own
+        self.layers = graph  # not 'graph': that is a name of fx's own
 
     def forward(self, *args: Any) -> Any:
         return self.layers(*args)
@@ -100,14 +101,16 @@ class _Simulation(nn.Module):
 def export_pt2(q: QuantizedModel | DynamicModel, path: str | Path) -> Path:
     """Write the fake-quantized model as a ``.pt2`` file, which ``torch.export.load`` reads without Bitsmith.
 
-    It computes in float on the grids; it is no integer file. Raises ExportError where torch.export refuses the model.
+    It computes in float on the grids; it is no integer file. Raises ExportError where torch.export refuses the model,
+    and for recurrent layers quantized dynamically, whose steps are an operator of Bitsmith's.
     """
     q = q.captured()
     placeholders = [n.meta.get("val") for n in q.graph.graph.nodes if n.op == "placeholder"]
     if not all(isinstance(value, Tensor) for value in placeholders):
         raise ExportError("export_pt2 takes models whose inputs are all tensors")
     dynamic = tuple(
-        {0: torch.export.Dim.AUTO} if v.ndim and isinstance(v.shape[0], torch.SymInt) else None for v in placeholders
+        {axis: torch.export.Dim.AUTO for axis, size in enumerate(v.shape) if isinstance(size, torch.SymInt)} or None
+        for v in placeholders
     )
     examples = tuple(
         torch.zeros([int(d) if isinstance(d, int) else 2 for d in v.shape], dtype=v.dtype) for v in placeholders
@@ -117,15 +120,33 @@ def export_pt2(q: QuantizedModel | DynamicModel, path: str | Path) -> Path:
     if kwargs:
         raise ExportError("export_pt2 takes models without keyword-only inputs")
     shapes, _ = torch.utils._pytree.tree_unflatten(list(dynamic), spec)
+    simulation = _Simulation(_in_torch_s_operators(q.graph) if q.recipe.placement == "dynamic" else q.graph)
     try:
         with torch.no_grad():
-            program = torch.export.export(_Simulation(q), args, dynamic_shapes=(tuple(shapes),), strict=False)
+            program = torch.export.export(simulation, args, dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch raises many types here
         raise ExportError(f"torch.export cannot follow the quantized model: {error}") from error
     with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor")  # said of every buffer that is a part of another
         torch.export.save(program, str(temporary))
     return Path(path)
+
+
+def _in_torch_s_operators(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with the definitions of Bitsmith's own operators in their place."""
+    from ..dynamic import laws, ops
+
+    definitions = {ops.dynamic_linear: laws.linear, ops.dynamic_embedding: ops.embedding}
+    plain = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in plain.graph.nodes:
+        if node.target is ops.dynamic_recurrent:
+            raise ExportError(
+                "recurrent layers that are quantized dynamically have no form in a .pt2 file: use export_torchscript "
+                "or export_onnx"
+            )
+        node.target = definitions.get(node.target, node.target)
+    plain.recompile()
+    return plain
 
 
 def save_float_pt2(model: nn.Module, example_inputs: Any, path: str | Path) -> Path:
