@@ -204,7 +204,7 @@ def test_recipe_options_reach_the_recipe(place: Path, ran: Seen, name: str) -> N
         "graph-eq-m": ["--graph-eq-iterations", "5"], "channel-splitting-s": ["--channel-splitting-ratio", "0.1"],
         "uint": ["--act-quant-type", "sym"], "weight-e": ["--quant-format", "float"],
         "weight-m": ["--quant-format", "float"], "act-e": ["--quant-format", "float"],
-        "act-m": ["--quant-format", "float"],
+        "act-m": ["--quant-format", "float"], "weight-n": ["--weight-quant-calibration-type", "mse"],
     }  # fmt: skip
     before = next((typed for prefix, typed in together.items() if name.startswith(prefix)), [])
     if name in ("act-equalization", "weight-bit-width", "act-bit-width", "weight-mantissa-bit-width"):

@@ -16,6 +16,7 @@ from bitsmith import load_recipe
 from bitsmith.capture import capture, read_batches
 from bitsmith.errors import RecipeError
 from bitsmith.flow import quantize_graph
+from bitsmith.grid import IntFormat
 from bitsmith.options import CONSTRAINTS, RECIPE_OPTIONS, apply_options
 from bitsmith.recipe import Recipe
 from bitsmith.steps import ColumnByColumn
@@ -249,6 +250,18 @@ def test_every_constraint_refuses_with_its_reason(constraint: Any) -> None:
     with pytest.raises(RecipeError) as refusal:
         apply_options(recipe, options)
     assert constraint.reason in str(refusal.value)
+
+
+def test_the_most_negative_code_is_left_out_anyway_where_leaving_it_out_is_refused(captured: Any) -> None:
+    recipe = apply_options(load_recipe("int8"), {"weight-bit-width": 3})
+    with pytest.raises(RecipeError, match="left out anyway"):
+        apply_options(recipe, {"weight-narrow-range": True})
+    narrow = recipe.weights.model_copy(update={"format": IntFormat(3, narrow=True)})  # what the option would do
+    assert torch.equal(outputs(captured, recipe), outputs(captured, recipe.model_copy(update={"weights": narrow})))
+    for more in ({"gpfq": True}, {"weight-quant-calibration-type": "mse"}, {"weight-quant-type": "asym"}):
+        plain, changed = (outputs(captured, apply_options(recipe, {**more, "weight-narrow-range": value}))
+                          for value in (False, True))  # fmt: skip
+        assert not torch.equal(plain, changed), more
 
 
 def test_every_constraint_names_options_that_exist() -> None:

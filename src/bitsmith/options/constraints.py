@@ -60,7 +60,15 @@ def features(draft: Draft) -> set[str]:
             kind = "integer" if draft[role]["format"]["kind"] == "int" else "small-float"
             symmetry = "symmetric" if draft[role]["symmetric"] else "asymmetric"
             found |= {role, f"{kind} {role}", f"{symmetry} {role}"}
+            found |= {f"unclipped {role}"} if _reaches_all(draft[role]) else set()
     return found
+
+
+def _reaches_all(spec: Draft) -> bool:
+    """Whether a range reaches to the greatest value, and no further than a scale above rounds it."""
+    rule = spec.get("range", {"name": None})
+    rounded_down = spec.get("scale") == "po2" and spec.get("po2_rounding") == "nearest"
+    return rule["name"] == "minmax" and rule.get("limit") is None and not rounded_down
 
 
 def _shown(name: str, value: Any) -> str:
@@ -106,6 +114,10 @@ CONSTRAINTS: tuple[Constraint, ...] = (
                having=("small-float weights",)),
     Constraint({"act-quant-type": "asym"}, "small floats have a sign and no zero point",
                having=("small-float activations",)),
+    Constraint({"weight-narrow-range": True}, "the range reaches to the greatest weight on either side, so that the "
+               "most negative code is left out anyway: goes with weight-quant-calibration-type mse or hqo, "
+               "weight-quant-type asym, gptq, gpfq or qronos",
+               having=("symmetric weights", "integer weights", "unclipped weights"), lacking=_COLUMNS),
     Constraint({"weight-narrow-range": ANY}, "small floats are symmetric: there is no code to leave out",
                having=("small-float weights",)),
     Constraint({"uint-sym-act-for-unsigned-values": ANY}, "small floats always have a sign",
