@@ -46,9 +46,11 @@ def script_dynamic(q: DynamicModel) -> Any:
     args, kwargs = q.example()
     if kwargs:
         raise ExportError(f"TorchScript files take positional inputs, not {', '.join(kwargs)} by name")
+    while args and args[-1] is None:  # which a trace does not take
+        args = args[:-1]
     leaves, structure = torch.utils._pytree.tree_flatten(args)
     placeholders = [n.meta.get("val") for n in q.captured().graph.graph.nodes if n.op == "placeholder"]
-    larger = [_larger(leaf, value) for leaf, value in zip(leaves, placeholders, strict=True)]
+    larger = [_larger(leaf, value) for leaf, value in zip(leaves, placeholders)]
     module, others = TorchDeployed(q).model, torch.utils._pytree.tree_unflatten(larger, structure)
     with torch.no_grad():
         module(*args)  # parts of layers are packed at their first use
@@ -82,12 +84,18 @@ def _traced(module: nn.Module, inputs: tuple[Any, ...], others: tuple[Any, ...],
         except Exception as error:  # torch.jit raises many types
             raise ExportError(f"torch.jit cannot trace the quantized model: {error}") from error
     for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found)):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=slack, atol=slack, equal_nan=True):
+        if not _same(a, b, slack):
             raise ExportError(
                 "torch.jit's trace of the quantized model computes something else for another batch size or length: "
                 "the model makes tensors or decisions from them that a trace takes for constants"
             )
     return scripted
+
+
+def _same(a: Tensor, b: Tensor, slack: float) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=slack, atol=slack, equal_nan=True)
 
 
 def repacked(scripted: Any) -> Any:
