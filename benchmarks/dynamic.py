@@ -1,7 +1,7 @@
 """Dynamic quantization on real sequence models, beside onnxruntime's and torch.ao's own.
 
     python -m benchmarks.dynamic accuracy [--nets silero charlstm minilm] [--csv rows.csv]
-    python -m benchmarks.dynamic latency [--nets lstm encoder minilm] [--csv rows.csv]
+    python -m benchmarks.dynamic latency [--nets lstm encoder charlstm minilm] [--csv rows.csv]
 
 Accuracy runs the deployed files at batch 1, as such models are served; `--recipe` names another one. Latency is
 interleaved as in `benchmarks.latency`; its baseline is the faster of the rivals, onnxruntime's `quantize_dynamic`
@@ -262,6 +262,8 @@ def _timed(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         return _LSTM().eval(), [(torch.randn(1, 50, 512),)]
     if name == "encoder":
         return _encoder(), [(torch.randn(1, 128, 512),)]
+    if name == "charlstm":
+        return load(CharLSTM(), "charlstm_textgenrnn.safetensors"), [(torch.randint(1, 400, (1, 40)),)]
     net = load(SentenceEncoder(), "minilm_l6_v2_fp16.safetensors")
     return net, [(torch.randint(1000, 3000, (1, length)),) for length in (16, 32, 128)]
 
@@ -321,7 +323,7 @@ def _session(path: Path) -> Callable[..., Any]:
 
 
 ACCURACY = {"silero": _accuracy_silero, "charlstm": _accuracy_charlstm, "minilm": _accuracy_minilm}
-LATENCY = ("lstm", "encoder", "minilm")
+LATENCY = ("lstm", "encoder", "charlstm", "minilm")
 
 
 def main(argv: list[str] | None = None) -> None:
