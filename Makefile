@@ -26,6 +26,7 @@ unit: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy --csv benchmarks/results/accuracy.csv
 	$(BIN)/python -m benchmarks.algorithms --csv benchmarks/results/algorithms.csv
+	$(BIN)/python -m benchmarks.equalization --csv benchmarks/results/equalization.csv
 ifdef RIVALS
 	$(BIN)/python -m benchmarks.speed --rivals $(RIVALS) --csv benchmarks/results/speed.csv
 else

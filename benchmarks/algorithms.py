@@ -108,6 +108,9 @@ ROWS: dict[str, dict[str, Row]] = {
         "w8a8 per tensor": _per_tensor("bias_correction"),
         "w8a8 per tensor, equalize": _per_tensor(Equalize(merge_bias=True), "bias_correction"),
         "w8a8 per tensor, equalize for noise": _per_tensor(Equalize(objective="noise"), "bias_correction"),
+        "w8a8 per tensor, equalize for noise, clips traded": _per_tensor(
+            Equalize(objective="noise", clips="trade"), "bias_correction"
+        ),
         "w8a8 per tensor, equalize for noise, gptq": _per_tensor(
             Equalize(objective="noise"), Gptq(damping="auto"), "bias_correction"
         ),

@@ -1,4 +1,4 @@
-"""Write the measured rows to benchmarks/RESULTS.md, and the main ones into README.md: python -m benchmarks.tables"""
+"""Write the measured rows to benchmarks/RESULTS.md, README.md and docs/algorithms.md: python -m benchmarks.tables"""
 
 from __future__ import annotations
 
@@ -53,6 +53,22 @@ def algorithms() -> list[str]:
             f"{float(r['float_top1']):.2f}", f"{float(r['top1']):.2f}{spread}", f"{float(r['agreement']):.2f} %",
             r["draws"], r["step_s"], r["brevitas_top1"], r["brevitas_agreement"], r["brevitas_step_s"],
         )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def equalization() -> list[str]:
+    """Top-1 with each step in front of rounding, or that the gate has undone it; of a row measured twice, the later."""
+    found = {(r["net"], r["setting"], r["step"]): r for r in rows("equalization.csv")}
+    steps = [step for step in dict.fromkeys(step for *_, step in found) if step != "none"]
+    lines = [f"| network (judged) | setting | without | {' | '.join(steps)} |", "|---" * (len(steps) + 3) + "|"]
+    for net, setting in dict.fromkeys((net, setting) for net, setting, _ in found):
+        plain = found[net, setting, "none"]
+        cells = [f"{NAMES[net]} ({int(plain['judged_samples']):,})", setting, f"{float(plain['top1']):.2f}"]
+        for step in steps:
+            r = found.get((net, setting, step))
+            top1 = "" if r is None else "undone" if r["kept"] == "undone" else f"{float(r['top1']):.2f}"
+            cells.append(f"**{top1}** ({float(r['change']):+.2f})" if r is not None and r["kept"] == "yes" else top1)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -130,19 +146,18 @@ def torch_engine() -> list[str]:
 
 def main() -> None:
     """Write the tables between the markers."""
-    readme = ROOT / "README.md"
-    before, after = _around(readme)
-    readme.write_text("\n".join([f"{before}{MARK}", "", *accuracy(main=True), "", *speed(), "", f"{MARK}{after}"]))
+    _write_between_marks(ROOT / "README.md", [*accuracy(main=True), "", *speed()])
+    _write_between_marks(ROOT / "docs" / "algorithms.md", equalization())
     page = ["# Results", "", "Written by `python -m benchmarks.tables` from `benchmarks/results/`.", ""]
-    parts = (accuracy(), algorithms(), speed(), latency(), dynamic(), torch_engine())
+    parts = (accuracy(), algorithms(), equalization(), speed(), latency(), dynamic(), torch_engine())
     lines = [line for part in parts for line in (*part, "")]
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n".join([*page, *lines]))
 
 
-def _around(readme: Path) -> tuple[str, str]:
-    """What stands before and after the markers."""
-    parts = readme.read_text(encoding="utf-8").split(MARK)
-    return parts[0], parts[-1]
+def _write_between_marks(page: Path, lines: list[str]) -> None:
+    """Replace what stands between the markers of a page."""
+    before, _, after = page.read_text(encoding="utf-8").split(MARK)
+    page.write_text("\n".join([f"{before}{MARK}", "", *lines, "", f"{MARK}{after}"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

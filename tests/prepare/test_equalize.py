@@ -288,14 +288,15 @@ def test_channels_are_followed_through_flattening() -> None:
 
 
 @pytest.mark.usefixtures("data_folder")
-@pytest.mark.parametrize("name", ["resnet20", "shufflenetv2_x0_5", "dscnn_kws"])
-def test_real_nets_keep_their_function(name: str) -> None:
+@pytest.mark.parametrize(("name", "objective"), [
+    ("resnet20", "range"), ("shufflenetv2_x0_5", "range"), ("dscnn_kws", "range"), ("dscnn_kws", "noise")])  # fmt: skip
+def test_real_nets_keep_their_function(name: str, objective: str) -> None:
     model, calibration, test, _ = nets.load(name)
     batches = read_batches(model, calibration)
     graph = _graph(model, batches[0][0][0])
     x = test[0][0][:32]
     with torch.no_grad():
         before = graph(x)
-        equalize(graph, batches, Equalize(), RECIPE)
+        equalize(graph, batches, Equalize(objective=objective), RECIPE)
         after = graph(x)
     assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())

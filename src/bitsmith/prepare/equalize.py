@@ -51,7 +51,8 @@ def equalize(graph: fx.GraphModule, batches: list[Arguments], options: Equalize,
         if float((step - 1).abs().max()) < _CONVERGED:
             break
     changed = sum(bool((total[flow.roots[link.gives]] != 1).any()) for link in flow.links.values())
-    return f"equalized the output channels of {changed} of {len(flow.links)} layers"
+    note = f"equalized the output channels of {changed} of {len(flow.links)} layers"
+    return f"{note}, clips cut elsewhere: the noise of layers is against the model so changed" if trade else note
 
 
 def one_sample(graph: fx.GraphModule, arguments: Arguments) -> Arguments:
