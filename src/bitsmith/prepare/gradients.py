@@ -126,7 +126,7 @@ class Gradients(fx.Interpreter):
             sums.inputs += _rows(gradient, axis).square().sum(0)
             sums.total += values.sum(0)
             sums.count += len(values)
-            sums.peaks = sums.peaks.maximum(values.abs().amax(0))
+            sums.peaks = sums.peaks.maximum(values.abs().amax(0).cpu())
 
     def _felt(self, name: str, sums: _Sums) -> Felt:
         groups, _, inputs = sums.weight_weight.shape
