@@ -295,7 +295,7 @@ def test_one_set_of_images_gives_one_model_whatever_its_form_and_layout(tmp_path
         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8),
     ).eval()  # fmt: skip
     with torch.no_grad():  # of unequal channels, so that equalization, which amplifies a rounding, is kept
-        spread = torch.logspace(-1.5, 0.5, 8).view(-1, 1, 1, 1)
+        spread = torch.logspace(-2.5, 0.5, 8).view(-1, 1, 1, 1)
         net[0].weight *= spread
         net[2].weight /= spread
     changes = {"weight-quant-granularity": "per_tensor", "graph-eq-iterations": 20, "weight-bit-width": 4, "gptq": True}
