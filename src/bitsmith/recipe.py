@@ -173,7 +173,9 @@ def bits_recipe(
 
 
 def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "best"]) -> Recipe:
-    """``fast`` rounds column by column (seconds, no training); ``best`` then learns blocks (minutes), where they gain.
+    """``fast`` rounds column by column (seconds, no training); ``best`` (minutes) first equalizes, then learns blocks.
+
+    Both are kept only where samples held out gain: equalization on depthwise nets, even with a scale for each channel.
 
     As the literature has it, the first and the last layer and what they read have 8 bits where weights or activations
     have 4 bits or less.
@@ -182,13 +184,16 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     few = min(weight_bits, activation_bits) <= 4
     overrides = [Override(match=end, weights=ends.weights, activations=ends.activations) for end in ("first", "last")]
     rounding: Step = Qronos(damping="auto") if weight_bits <= 4 else Gptq(asymmetric=True)
-    learning = (Reconstruct(iterations=400),) if effort == "best" else ()
+    equalizing: tuple[Step, ...] = ()
+    learning: tuple[Step, ...] = ()
+    if effort == "best":
+        equalizing, learning = (Equalize(objective="noise", clips="trade"),), (Reconstruct(iterations=400),)
     # variances are worth matching where much is lost; else their own error is more, with a hundred samples at least
     matched = weight_bits < 4 or activation_bits <= 4
     moments: Step = ReestimateBatchNorm() if matched else BiasCorrection()
     recipe = bits_recipe(
         weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
-        steps=(FoldBatchNorm(), rounding, *learning, moments), overrides=tuple(overrides) if few else (),
+        steps=(FoldBatchNorm(), *equalizing, rounding, *learning, moments), overrides=tuple(overrides) if few else (),
     )  # fmt: skip
     if activation_bits > 4 or recipe.activations is None:
         return recipe
