@@ -290,9 +290,12 @@ def test_wrong_values_are_refused_by_name(options: dict[str, Any], words: str) -
 def test_an_option_takes_the_place_of_the_recipes_own_rounding_and_correction() -> None:
     recipe = load_recipe("w4a8-best")
     changed = apply_options(recipe, {"gptq": True, "bias-corr": True})
-    assert [step.name for step in changed.steps] == ["fold_batch_norm", "gptq", "reconstruct", "bias_correction"]
-    none = apply_options(recipe, {"qronos": False, "learned-round": "None", "bias-corr": False})
-    assert [step.name for step in none.steps] == ["fold_batch_norm"]
+    assert [step.name for step in changed.steps] == [
+        "fold_batch_norm", "equalize", "gptq", "reconstruct", "bias_correction"
+    ]  # fmt: skip
+    assert changed.step("equalize") == recipe.step("equalize")
+    off = {"qronos": False, "learned-round": "None", "bias-corr": False, "graph-eq-iterations": 0}
+    assert [step.name for step in apply_options(recipe, off).steps] == ["fold_batch_norm"]
 
 
 def test_options_reach_the_recipes_overrides() -> None:

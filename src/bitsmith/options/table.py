@@ -75,7 +75,8 @@ def apply_options(recipe: Recipe, options: Given) -> Recipe:
     if not given:
         return recipe
     draft = recipe.model_dump(mode="json")
-    draft["steps"] = [step.model_dump(mode="json") for step in recipe.steps]
+    # what was not given stays so: some options of a step go with some of its others only
+    draft["steps"] = [{"name": step.name} | step.model_dump(mode="json", exclude_unset=True) for step in recipe.steps]
     for name, value in given.items():
         RECIPE_OPTIONS[name].change(draft, value, given)
     found = {recipe.placement, *features(draft)}  # also the placement that it comes from
