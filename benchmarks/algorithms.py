@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--resume", type=Path, help="folder in which a run that is killed leaves what it has learned")
     options = parser.parse_args()
+    if unknown := set(options.rows or ()) - {name for net in options.nets for name in ROWS[net]}:
+        parser.error(f"no row of these networks: {', '.join(sorted(unknown))}")
     for net in options.nets:
         loaded = nets.load(net)
         if options.quick:

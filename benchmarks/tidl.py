@@ -19,7 +19,6 @@ from pathlib import Path
 import bitsmith as bs
 from benchmarks.nets import load, top1
 from bitsmith.doctor.triage import widened
-from bitsmith.steps import BiasCorrection, Equalize, FoldBatchNorm, Gptq
 
 NETS = ("resnet20", "shufflenetv2_x0_5", "mobilenet_v1_025")
 WIDE_LAYERS = 4
@@ -45,8 +44,7 @@ def rungs(target: bs.Target) -> Iterator[tuple[str, bs.Recipe]]:
     """The ladder's recipes but for mixed precision, which follows from what the second one measures."""
     base = bs.load_recipe("int8-tensor-po2" if target.default_recipe == "tidl" else target.default_recipe)
     yield "ptq", base
-    steps = (FoldBatchNorm(), Equalize(merge_bias=True), Gptq(), BiasCorrection())
-    yield "better ptq", base.model_copy(update={"steps": steps, "name": f"{base.name}-better"})
+    yield "better ptq", base.model_copy(update={"steps": bs.load_recipe("tidl").steps, "name": f"{base.name}-better"})
     yield "16 bits", widened(base)
 
 

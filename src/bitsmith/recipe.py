@@ -232,7 +232,7 @@ NAMED: dict[str, Recipe] = {
     # one power of two for a whole depthwise weight: equalized and rounded column by column, or lost (benchmarks.tidl)
     "tidl": bits_recipe(
         8, 8, name="tidl", symmetric=True, scale="po2", granularity="tensor",
-        steps=(FoldBatchNorm(), Equalize(merge_bias=True), Gptq(), BiasCorrection()),
+        steps=(FoldBatchNorm(), Equalize(objective="noise", clips="trade"), Gptq(), BiasCorrection()),
     ),
     "w8a16": bits_recipe(8, 16, name="w8a16", symmetric=True),
     "int16": bits_recipe(16, 16, name="int16", symmetric=True),

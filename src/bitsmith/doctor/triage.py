@@ -132,7 +132,7 @@ def better_recipe(target: Target) -> str:
         target.check(load_recipe("w8a8-best"))
     except RecipeError:
         step = (
-            "'equalize' (merge_bias: true)"
+            "'equalize' (objective: noise, clips: trade)"
             if load_recipe(target.default_recipe).step("gptq") is None
             else "'reconstruct'"
         )
