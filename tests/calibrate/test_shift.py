@@ -67,10 +67,10 @@ def test_scales_per_channel_and_gains_are_refused() -> None:
     net, x = nn.Sequential(nn.Linear(4, 3)), [torch.randn(16, 4)]
     small = TensorSpec(format=IntFormat(8))
     channels = bits_recipe(8, 8, symmetric=True, bias=small)
-    with pytest.raises(CalibrationError, match="one shift per layer"):
+    with pytest.raises(RecipeError, match="weight scales per tensor"):
         bs.quantize(net, x, channels, target="max78000")
     with pytest.raises(RecipeError, match="biases of 8 bits"):
-        bs.quantize(net, x, bits_recipe(8, 8, symmetric=True), target="max78000")
+        bs.quantize(net, x, bits_recipe(8, 8, symmetric=True, granularity="tensor"), target="max78000")
     steps = bits_recipe(8, 8, symmetric=True, bias=small, granularity="tensor", steps=("reestimate_batch_norm",))
     with pytest.raises(RecipeError, match="only shifts"):
         bs.quantize(net, x, steps, target="max78000")
