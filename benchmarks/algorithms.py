@@ -13,7 +13,6 @@ Brevitas 0.13.4 was measured on (same weights, images and machine, another day) 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import bitsmith as bs
 from benchmarks import data, nets
 from benchmarks.accuracy import answers, commit
 from benchmarks.nets.registry import RESNET_NORM
+from benchmarks.rows import append
 from bitsmith.grid import RangeRule
 from bitsmith.recipe import PlacementName, bits_recipe
 from bitsmith.steps import Equalize, Gpfq, Gptq, LearnedRounding, Qronos, Step
@@ -170,16 +170,6 @@ def measure(net: str, name: str, loaded: Any, exact: Tensor, draws: int, resume:
     }  # fmt: skip
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which begins with the names of the columns."""
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     """Measure and print, and add to a CSV file where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,11 +191,11 @@ def main() -> None:
             if options.rows and name not in options.rows:
                 continue
             r = measure(net, name, loaded, exact, 1 if options.quick else options.draws, options.resume)
-            print(f"{net:18}{name:26}{r['placement']:10}{r['float_top1']:7.2f}{r['top1']:8.2f} +-{r['top1_std']:5.2f}"
+            print(f"{net:18}{name:52}{r['placement']:10}{r['float_top1']:7.2f}{r['top1']:8.2f} +-{r['top1_std']:5.2f}"
                   f"{r['agreement']:8.2f} +-{r['agreement_std']:5.2f}{r['step_s']:8.2f} s{r['quantize_s']:8.2f} s",
                   flush=True)  # fmt: skip
             if options.csv:
-                append(options.csv, r)
+                append(options.csv, FIELDS, r)
 
 
 if __name__ == "__main__":

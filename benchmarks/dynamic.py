@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import io
 import logging
 import math
@@ -22,7 +21,7 @@ import time
 import warnings
 import wave
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,6 +39,7 @@ from benchmarks.latency import interleave
 from benchmarks.nets.char_lstm import CharLSTM
 from benchmarks.nets.sentence_encoder import SentenceEncoder
 from benchmarks.nets.silero_vad import CHUNK, CONTEXT, SileroVAD
+from benchmarks.rows import append
 
 THREADS = 2
 Model = Callable[..., Any]
@@ -342,16 +342,8 @@ def main(argv: list[str] | None = None) -> None:
         for row in found:
             print(row, flush=True)
             if args.csv:
-                _append(row, args.csv)
-
-
-def _append(row: Accuracy | Latency, path: Path) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as out:
-        writer = csv.DictWriter(out, [field.name for field in fields(row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(row).items()})
+                values = {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(row).items()}
+                append(args.csv, list(values), values)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ same model, which is not judged again. The CSV file is added to row by row. ``--
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 import bitsmith as bs
 from benchmarks import nets
 from benchmarks.accuracy import answers, commit
+from benchmarks.rows import append
 from bitsmith.grid import RangeRule
 from bitsmith.recipe import bits_recipe
 from bitsmith.steps import Equalize, EqualizeActivations, Gptq, SplitChannels, Step
@@ -115,17 +115,7 @@ def main() -> None:
                       f" +-{r['change_error']:5.2f}{r['agreement']:8.2f}{r['sqnr_db']:7.2f} dB{r['prepare_s']:7.2f} s"
                       f"{r['quantize_s']:7.2f} s", flush=True)  # fmt: skip
                 if options.csv:
-                    append(options.csv, r)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which begins with the names of the columns."""
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+                    append(options.csv, FIELDS, r)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ import yaml
 import bitsmith
 from benchmarks import data
 from benchmarks.accuracy import commit
+from benchmarks.rows import append
 from bitsmith.files import write_text
 from bitsmith.sweep import Store, Sweep
 
@@ -149,12 +149,7 @@ def main() -> None:
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in row.items()))
     if args.csv:
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(args.csv, FIELDS, row)
 
 
 if __name__ == "__main__":

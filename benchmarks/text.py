@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ from benchmarks.accuracy import commit
 from benchmarks.data import data_file
 from benchmarks.nets.llama import LONGEST, Llama
 from benchmarks.nets.sentence_encoder import SentenceEncoder
+from benchmarks.rows import append
 from bitsmith.grid import IntFormat, TensorSpec
 from bitsmith.place.layers import QuantLayer
 from bitsmith.recipe import load_recipe
@@ -189,17 +189,7 @@ def main() -> None:
             print(f"{name:9}{r['bits']} bits {r['group']!s:8} {r['step']:16}{r['found']:9.4f} {r['metric']} (float "
                   f"{r['float']:.4f}), taken back: {r['taken_back']}", flush=True)  # fmt: skip
             if options.csv:
-                append(options.csv, r)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which begins with the names of the columns."""
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+                append(options.csv, FIELDS, r)
 
 
 if __name__ == "__main__":

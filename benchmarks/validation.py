@@ -14,7 +14,6 @@ variants apart long before classes change.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import bitsmith as bs
 from benchmarks import data, nets
 from benchmarks.accuracy import answers, commit
 from benchmarks.nets.registry import RESNET_NORM
+from benchmarks.rows import append
 from bitsmith.grid import RangeRule
 from bitsmith.steps import Gptq, Step
 
@@ -112,17 +112,7 @@ def main() -> None:
             print(f"{net:10}{row['recipe']:6}{row['placement']:11}{row['variant']:24}{row['agreement']:8.2f} %"
                   f"{row['kl_millinats']:9.3f} mnat{row['output_sqnr_db']:7.2f} dB", flush=True)  # fmt: skip
             if options.csv:
-                append(options.csv, row)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which begins with the names of the columns."""
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+                append(options.csv, FIELDS, row)
 
 
 if __name__ == "__main__":
