@@ -4,8 +4,9 @@
                                     [--csv FILE] [--resume FOLDER]
 
 The CSV file is added to, so that a table can be made in several runs. Rows with several draws are calibrated with as
-many sets of images: the first 1,000 training images, then seeded draws from the other 9,000; mean and standard
-deviation are over the draws. Seconds are those of the steps and of all of ``quantize``, first draw. Beside rows that
+many sets of images: the first 1,000 training images, then seeded draws from the other 9,000; of the ImageNet sample and
+of the keywords, seeded draws of 100, and the other 900 judge. Mean and standard deviation are over the draws, the
+float model's top-1 too. Seconds are those of the steps and of all of ``quantize``, first draw. Beside rows that
 Brevitas 0.13.4 was measured on (same weights, images and machine, another day) stand its numbers.
 ``--quick`` judges 1,000 samples after one draw. A row of your own is a line in ``ROWS``.
 """
@@ -19,14 +20,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import bitsmith as bs
-from benchmarks import data, nets
+from benchmarks import nets
 from benchmarks.accuracy import answers, commit
-from benchmarks.nets.registry import RESNET_NORM
 from benchmarks.rows import append
 from bitsmith.grid import RangeRule
 from bitsmith.recipe import PlacementName, bits_recipe
@@ -133,35 +132,47 @@ BREVITAS: dict[str, tuple[float, float, float | None]] = {
 }
 
 
-def calibration_draw(draw: int) -> data.Batches:
-    """1,000 CIFAR-10 training images: the first of them, or a seeded draw from the others."""
-    images, labels = data.cifar10("train")
-    chosen = np.arange(1000) if draw == 0 else 1000 + np.random.default_rng(draw).permutation(9000)[:1000]
-    return data.batches(data.normalized(images[chosen], *RESNET_NORM), labels[chosen], 100)
+Draw = tuple[nets.Benchmark, Tensor]
+"""A network with what calibrates and judges it, and its float answers."""
 
 
-def measure(net: str, name: str, loaded: Any, exact: Tensor, draws: int, resume: Path | None = None) -> dict[str, Any]:
-    """One row of the table; ``exact`` are the float answers, ``resume`` a folder for what is learned."""
-    row, (model, calibration, test, _) = ROWS[net][name], loaded
-    labels, draws = torch.cat([y for _, y in test]), min(draws, row.draws)
-    top1, agreement, seconds, reports = [], [], [], []
-    for draw in range(draws):
+def load(net: str, number: int, quick: bool) -> Draw:
+    """The network with its ``number``-th choice of samples; ``quick``: judged on 1,000 at most."""
+    loaded = nets.load(net, number)
+    if quick:
+        loaded = loaded._replace(test=loaded.test[: max(1, 1000 // len(loaded.test[0][0]))])
+    return loaded, answers(loaded.model, loaded.test)
+
+
+def percent(hits: Tensor) -> float:
+    """The share of True."""
+    return 100 * float(hits.double().mean())
+
+
+def measure(net: str, name: str, draws: list[Draw], resume: Path | None = None) -> dict[str, Any]:
+    """One row of the table, over as many ``draws`` as it has; ``resume`` is a folder for what is learned."""
+    row = ROWS[net][name]
+    draws = draws[: row.draws]
+    float_top1, top1, agreement, seconds, reports = [], [], [], [], []
+    for number, (loaded, exact) in enumerate(draws):
         start = time.perf_counter()
         q = bs.quantize(
-            model, calibration if draw == 0 else calibration_draw(draw), row.recipe, placement=row.placement,
-            resume=None if resume is None else resume / f"{net} {name.replace('/', ' ')} {draw}",
+            loaded.model, loaded.calibration, row.recipe, placement=row.placement,
+            resume=None if resume is None else resume / f"{net} {name.replace('/', ' ')} {number}",
         )  # fmt: skip
         seconds.append(time.perf_counter() - start)
         reports.append(q.report)
-        classes = answers(q, test).argmax(1)
-        top1.append(100 * float((classes == labels).double().mean()))
-        agreement.append(100 * float((classes == exact.argmax(1)).double().mean()))
+        labels = torch.cat([y for _, y in loaded.test])
+        classes = answers(q, loaded.test).argmax(1)
+        float_top1.append(percent(exact.argmax(1) == labels))
+        top1.append(percent(classes == labels))
+        agreement.append(percent(classes == exact.argmax(1)))
     brevitas = dict(zip(("brevitas_top1", "brevitas_agreement", "brevitas_step_s"), BREVITAS.get(name, ())))
     spread = [stdev(values) if len(values) > 1 else 0.0 for values in (top1, agreement)]
     return {
         "net": net, "row": name, "placement": row.placement, "steps": " ".join(map(str, row.recipe.steps)),
-        "draws": draws, "calibration_samples": reports[0].samples, "judged_samples": len(labels),
-        "float_top1": round(100 * float((exact.argmax(1) == labels).double().mean()), 2),
+        "draws": len(draws), "calibration_samples": reports[0].samples, "judged_samples": len(labels),
+        "float_top1": round(mean(float_top1), 2),
         "top1": round(mean(top1), 3), "top1_std": round(spread[0], 3),
         "agreement": round(mean(agreement), 3), "agreement_std": round(spread[1], 3),
         "step_s": round(sum(entry.seconds for entry in reports[0].steps), 2),
@@ -183,14 +194,11 @@ def main() -> None:
     if unknown := set(options.rows or ()) - {name for net in options.nets for name in ROWS[net]}:
         parser.error(f"no row of these networks: {', '.join(sorted(unknown))}")
     for net in options.nets:
-        loaded = nets.load(net)
-        if options.quick:
-            loaded = loaded._replace(test=loaded.test[: max(1, 1000 // len(loaded.test[0][0]))])
-        exact = answers(loaded.model, loaded.test)
-        for name in ROWS[net]:
-            if options.rows and name not in options.rows:
-                continue
-            r = measure(net, name, loaded, exact, 1 if options.quick else options.draws, options.resume)
+        chosen = [name for name in ROWS[net] if not options.rows or name in options.rows]
+        most = max((ROWS[net][name].draws for name in chosen), default=0)
+        draws = [load(net, number, options.quick) for number in range(min(most, 1 if options.quick else options.draws))]
+        for name in chosen:
+            r = measure(net, name, draws, options.resume)
             print(f"{net:18}{name:52}{r['placement']:10}{r['float_top1']:7.2f}{r['top1']:8.2f} +-{r['top1_std']:5.2f}"
                   f"{r['agreement']:8.2f} +-{r['agreement_std']:5.2f}{r['step_s']:8.2f} s{r['quantize_s']:8.2f} s",
                   flush=True)  # fmt: skip

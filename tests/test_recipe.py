@@ -53,6 +53,16 @@ def test_names_mean_the_same_numbers_for_ever(name: str) -> None:
     assert recipe.placement == "runtime"
 
 
+@pytest.mark.parametrize("name", BY_EFFORT)
+def test_weights_of_few_bits_have_zero_points(name: str) -> None:
+    """Of 4 or 16 codes none can be spared; the ends of the net, of 8 bits, are as everywhere."""
+    recipe = BY_EFFORT[name]
+    assert recipe.weights is not None
+    assert isinstance(recipe.weights.format, IntFormat)
+    assert recipe.weights.symmetric is (recipe.weights.format.bits > 4)
+    assert all(end.weights is not None and end.weights.symmetric for end in recipe.overrides)
+
+
 def test_activations_of_eight_bits_clip_the_last_of_a_hundred_thousand() -> None:
     recipe = load_recipe("int8")
     assert recipe.activations is not None

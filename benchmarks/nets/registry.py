@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -54,10 +55,12 @@ def names() -> tuple[str, ...]:
     return tuple(_LOADERS)
 
 
-def load(name: str) -> Benchmark:
+def load(name: str, draw: int = 0) -> Benchmark:
     """Return (model, calibration batches, test batches, info) of the network called `name`.
 
-    Raises `DataMissing` where its data is not on this machine.
+    `draw` counts seeded choices of the samples that calibrate. CIFAR-10 nets take them from the training images, the
+    first 1,000 or a choice of the other 9,000; where one set serves for both, all others judge. Raises `DataMissing`
+    where its data is not on this machine.
 
     Example:
         >>> names()[:3]
@@ -65,7 +68,7 @@ def load(name: str) -> Benchmark:
     """
     if name not in _LOADERS:
         raise KeyError(f"no benchmark network {name!r}; there are {', '.join(_LOADERS)}")
-    return _LOADERS[name](name)
+    return _LOADERS[name](name, draw)
 
 
 def top1(model: nn.Module, batches: Batches) -> float:
@@ -86,10 +89,11 @@ def load_weights(model: nn.Module, checkpoint: str) -> nn.Module:
 
 
 def _cifar(build: Callable[[], nn.Module], checkpoint: str, mean, std, reference: float):
-    def loader(name: str) -> Benchmark:
+    def loader(name: str, draw: int) -> Benchmark:
         model = load_weights(build(), checkpoint)
         (train, train_y), (test, test_y) = data.cifar10("train"), data.cifar10("test")
-        calibration = data.batches(data.normalized(train[:1000], mean, std), train_y[:1000], 100)
+        chosen = np.arange(1000) if draw == 0 else 1000 + np.random.default_rng(draw).permutation(9000)[:1000]
+        calibration = data.batches(data.normalized(train[chosen], mean, std), train_y[chosen], 100)
         judged = data.batches(data.normalized(test, mean, std), test_y, 250)
         samples = "CIFAR-10: first 1,000 training images calibrate, 10,000 test images judge"
         info = Info(name, checkpoint, samples, None, (3, 32, 32), reference, "test")
@@ -99,10 +103,10 @@ def _cifar(build: Callable[[], nn.Module], checkpoint: str, mean, std, reference
 
 
 def _imagenet(build: Callable[[], nn.Module], checkpoint: str, crop: int, resize, reference: float):
-    def loader(name: str) -> Benchmark:
+    def loader(name: str, draw: int) -> Benchmark:
         model = load_weights(build(), checkpoint)
         images, labels = data.imagenet_sample(crop, resize)
-        first, rest = data.seeded_split(len(images), 100)
+        first, rest = data.seeded_split(len(images), 100, draw)
         calibration = data.batches(data.normalized(images[first], HALF, HALF), labels[first], 50)
         judged = data.batches(data.normalized(images[rest], HALF, HALF), labels[rest], 100)
         samples = "ImageNet sample of 1,000: a seeded 100 calibrate, the other 900 judge"
@@ -112,11 +116,11 @@ def _imagenet(build: Callable[[], nn.Module], checkpoint: str, crop: int, resize
     return loader
 
 
-def _keywords(name: str) -> Benchmark:
+def _keywords(name: str, draw: int) -> Benchmark:
     checkpoint = "kws12_dscnn.safetensors"
     model = load_weights(DSCNN(), checkpoint)
     mfcc, labels = data.keywords()
-    first, rest = data.seeded_split(len(mfcc), 100)
+    first, rest = data.seeded_split(len(mfcc), 100, draw)
     calibration = data.batches(torch.from_numpy(mfcc[first]), labels[first], 50)
     judged = data.batches(torch.from_numpy(mfcc[rest]), labels[rest], 100)
     samples = "Speech Commands, 1,000 test samples: a seeded 100 calibrate, the other 900 judge"
@@ -124,9 +128,9 @@ def _keywords(name: str) -> Benchmark:
     return Benchmark(model, calibration, judged, info)
 
 
-def _random(name: str) -> Benchmark:
+def _random(name: str, draw: int) -> Benchmark:
     model = random_net(name)
-    calibration = data.batches(data.random_images(64, seed=1), torch.zeros(64, dtype=torch.int64), 16)
+    calibration = data.batches(data.random_images(64, seed=1 + 2 * draw), torch.zeros(64, dtype=torch.int64), 16)
     images = data.random_images(64, seed=2).split(16)
     with torch.inference_mode():
         judged = [(x, model(x).argmax(1)) for x in images]
@@ -139,7 +143,7 @@ def _random(name: str) -> Benchmark:
 RESNET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SHUFFLENET_NORM = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
-_LOADERS: dict[str, Callable[[str], Benchmark]] = {
+_LOADERS: dict[str, Callable[[str, int], Benchmark]] = {
     "resnet20": _cifar(resnet20, "cifar10_resnet20_akamaster.safetensors", *RESNET_NORM, 91.73),
     "resnet32": _cifar(resnet32, "cifar10_resnet32_akamaster.safetensors", *RESNET_NORM, 92.62),
     "shufflenetv2_x0_5": _cifar(

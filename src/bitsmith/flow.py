@@ -133,16 +133,30 @@ def held_out(
 ) -> Trial:
     """Noise at the outputs of a graph against those of another, from a short walk with a copy of it.
 
-    The first samples calibrate, the last ones judge: rounding fits what it is calibrated with.
+    The first samples calibrate, the last ones judge: rounding fits what it is calibrated with. Of few samples each half
+    judges in its turn.
     """
-    trial = copy_graph(graph)
+    count = sum(map(sample_count, batches))
+    half = max(1, min(_TRIAL_SAMPLES, count // 2))
+    if batch_size(graph) is None:  # then batches cannot be cut
+        first, last, several = batches[:1], batches[-1:], len(batches) > 1
+    else:
+        first, last = _samples(batches, half, first_samples), _samples(batches[::-1], half, last_samples)
+        several = count > 1
+    turns = [(first, last), (last, first)] if several and half < _TRIAL_SAMPLES else [(first, last)]
+    trials = [_try(copy_graph(graph), few, judged, recipe, target, exact) for few, judged in turns]
+    return Trial(torch.cat([t.errors for t in trials]), torch.cat([t.signals for t in trials]))
+
+
+def _try(
+    trial: fx.GraphModule, few: list[Arguments], judged: list[Arguments], recipe: Recipe, target: Target,
+    exact: fx.GraphModule,
+) -> Trial:  # fmt: skip
+    """``trial`` is calibrated with ``few`` samples, by the recipe's quick steps, and held against ``exact``."""
     steps = tuple(step for step in recipe.steps if step.stage == "bias" or isinstance(step, ColumnByColumn))
     placed = place(trial, recipe, target)
-    half = max(1, min(_TRIAL_SAMPLES, sum(map(sample_count, batches)) // 2))
-    fixed = batch_size(graph) is None  # then batches cannot be cut
-    few = batches[:1] if fixed else _samples(batches, half, first_samples)
-    judged = batches[-1:] if fixed else _samples(batches[::-1], half, last_samples)
-    calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=half, steps=steps)
+    samples = sum(map(sample_count, few))
+    calibrate(trial, placed, few, target, memory=_TRIAL_MEMORY, noise_samples=samples, steps=steps)
     errors, signals = [], []
     with torch.no_grad():
         for args, kwargs in judged:

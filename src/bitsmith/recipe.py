@@ -178,7 +178,8 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     Both are kept only where samples held out gain: equalization on depthwise nets, even with a scale for each channel.
 
     As the literature has it, the first and the last layer and what they read have 8 bits where weights or activations
-    have 4 bits or less.
+    have 4 bits or less. Weights of 4 bits or less have zero points: a channel's weights seldom reach as far down as
+    up, and of so few codes none can be spared.
     """
     ends = bits_recipe(8, 8)
     few = min(weight_bits, activation_bits) <= 4
@@ -195,11 +196,12 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
         weight_bits, activation_bits, name=f"w{weight_bits}a{activation_bits}-{effort}",
         steps=(FoldBatchNorm(), *equalizing, rounding, *learning, moments), overrides=tuple(overrides) if few else (),
     )  # fmt: skip
-    if activation_bits > 4 or recipe.activations is None:
-        return recipe
-    return recipe.model_copy(
-        update={"activations": recipe.activations.model_copy(update={"range": RangeRule(name="mse")})}
-    )
+    assert recipe.weights is not None
+    assert recipe.activations is not None
+    changed = {"weights": recipe.weights.model_copy(update={"symmetric": weight_bits > 4})}
+    if activation_bits <= 4:
+        changed["activations"] = recipe.activations.model_copy(update={"range": RangeRule(name="mse")})
+    return recipe.model_copy(update=changed)
 
 
 _WIDTHS = ((8, 8), (6, 6), (4, 8), (3, 8), (2, 8), (4, 4), (2, 4))

@@ -14,9 +14,11 @@ from onnx import TensorProto, numpy_helper
 from onnx_helpers import float_graph, op_types, optimized_ops, quantized_graph, quantizer, run_onnx, simulate
 from torch import Tensor, fx, nn
 
+import bitsmith as bs
 from bitsmith.errors import CalibrationError, ExportError
 from bitsmith.export.onnx import build_onnx
-from bitsmith.grid import FP8_E4M3, FP8_E5M2, FloatFormat, Grid, IntFormat, Quantizer, TensorSpec
+from bitsmith.grid import FP8_E4M3, FP8_E5M2, FloatFormat, Grid, IntFormat, Quantizer, TensorSpec, fake_quantize
+from bitsmith.recipe import load_recipe
 
 
 class Residual(nn.Module):
@@ -180,6 +182,35 @@ def test_four_bit_weights(pack: bool, tmp_path: Path) -> None:
     assert_within_one_code(graph, file, x)
     # onnxruntime 1.31 has no int4 convolution: packed weights are computed with in float.
     assert ("QLinearConv" in optimized_ops(file, tmp_path)) is not pack
+
+
+@pytest.mark.parametrize(("bits", "opset", "pack"), [(4, 21, False), (4, 20, True), (6, 21, True), (2, 21, False)])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_few_bits_in_a_byte_need_no_zero_point(
+    bits: int, opset: int, pack: bool, granularity: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Flatten())
+    net.append(nn.Linear(8 * 4 * 4, 10)).eval()
+    for layer in (net[0], net[2], net[5]):
+        layer.weight.data.add_(layer.weight.abs().amax() / 3)  # ranges that are not symmetric
+    x = torch.randn(16, 3, 8, 8)
+    weights = TensorSpec(format=IntFormat(bits), symmetric=False, granularity=granularity)
+    q = bs.quantize(net, [x], load_recipe("int8").model_copy(update={"weights": weights}))
+    path = bs.export_onnx(q, tmp_path / "m.onnx", opset=opset, pack_int4=pack)
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    for name in ("0", "2", "5"):
+        grid = q.graph.get_submodule(name).weight_quantizer.require_grid()
+        assert bool((grid.zero_point != 0).any())
+        assert not stored[f"{name}.weight_zero_point"].any()
+        codes, weight = stored[f"{name}.weight"], q.graph.get_submodule(name).weight
+        axis = [-1 if axis == (grid.axis or 0) and grid.scale.ndim else 1 for axis in range(weight.ndim)]
+        assert codes.dtype == np.int8
+        codes = codes.T if codes.shape != weight.shape else codes
+        assert torch.equal(torch.tensor(codes) * grid.scale.view(axis), fake_quantize(weight.detach(), grid))
+    certificate = bs.verify(q, path, [x])
+    assert certificate.passed, certificate.verdict
+    assert certificate.integer_kernels["QLinearConv"] == 2
 
 
 @pytest.mark.parametrize("opset", [13, 21])

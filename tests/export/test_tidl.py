@@ -84,6 +84,16 @@ def test_files_keep_every_rule_and_compute_the_simulation(
     assert certificate.coverage == 1.0
 
 
+def test_the_device_is_not_blamed_for_what_checks_its_files(images: Tensor) -> None:
+    """onnxruntime clips a ReLU6 between powers of two in float; TI's compiler does not."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3)).eval()
+    report = bs.quantize(net, [4 * images], target="tda4vm").report
+    assert report.coverage.runtime == "onnxruntime, which checks the files"
+    assert [layer.note for layer in report.layers if not layer.integer] == [
+        "onnxruntime computes it in float between Q and DQ"
+    ]
+
+
 def test_the_file_is_for_one_image(images: Tensor, tmp_path: Path) -> None:
     q = bs.quantize(Segmenter().eval(), [images], target="am68a")
     model = onnx.load(bs.export_onnx(q, tmp_path / "m.onnx"))

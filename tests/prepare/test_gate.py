@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import bitsmith as bs
+from bitsmith.calibrate import calibrate
+from bitsmith.capture import capture, copy_graph
+from bitsmith.flow import held_out
 from bitsmith.prepare.gate import Trial, objection
 from bitsmith.prepare.prepare import _REWRITES as rewrites
 from bitsmith.recipe import bits_recipe
+from bitsmith.targets import get_target
 
 
 def _trial(*errors: float) -> Trial:
@@ -53,6 +57,32 @@ def test_decibels() -> None:
     assert _trial(0.1, 0.1).db == pytest.approx(10.0)
     assert _trial(0.0).db == float("inf")
     assert Trial(torch.ones(2), torch.zeros(2)).db == -float("inf")
+
+
+@pytest.mark.parametrize(("samples", "batch", "judged"), [
+    (40, 16, 40), (41, 16, 40), (1, 1, 1), (255, 64, 254), (256, 64, 128), (400, 100, 128),
+])  # fmt: skip
+def test_of_few_samples_each_half_judges_what_the_other_calibrated(
+    samples: int, batch: int, judged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+
+    def watched(graph: fx.GraphModule, placed: Any, batches: list[Any], *rest: Any, **options: Any) -> Any:
+        seen.append([float(v) for (x,), _ in batches for v in x[:, 0]])
+        return calibrate(graph, placed, batches, *rest, **options)
+
+    monkeypatch.setattr("bitsmith.flow.calibrate", watched)
+    x = torch.arange(1.0, samples + 1).unsqueeze(1) / samples
+    batches = [((part,), {}) for part in x.split(batch)]
+    graph = capture(nn.Linear(1, 2), batches[0])
+    recipe = bits_recipe(4, 8, steps=("fold_batch_norm",))
+    trial = held_out(batches, recipe, get_target("onnxruntime"), graph, copy_graph(graph))
+    assert len(trial.errors) == len(trial.signals) == judged
+    assert len(seen) == (2 if 1 < samples < 256 else 1)
+    if len(seen) == 2:
+        assert not set(seen[0]) & set(seen[1])
+        exact = [graph(torch.tensor([[v]])).square().sum() for v in sorted([*seen[0], *seen[1]])]
+        assert sorted(trial.signals.tolist()) == pytest.approx(sorted(map(float, exact)), rel=1e-5)
 
 
 def test_a_rewrite_is_held_against_the_model_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

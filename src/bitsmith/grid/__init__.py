@@ -1,7 +1,7 @@
 """Formats, grids, and the pure functions that map tensors onto them."""
 
 from .formats import FP8_E4M3, FP8_E5M2, FloatFormat, Format, IntFormat
-from .functional import dequantize, fake_quantize, quantize
+from .functional import centred_codes, dequantize, fake_quantize, quantize
 from .grid import Grid
 from .quantizer import Quantizer
 from .spec import RangeRule, TensorSpec
@@ -16,6 +16,7 @@ __all__ = [
     "Quantizer",
     "RangeRule",
     "TensorSpec",
+    "centred_codes",
     "dequantize",
     "fake_quantize",
     "quantize",

@@ -34,6 +34,18 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     return kernels.quantize(x.detach(), grid)
 
 
+def centred_codes(x: Tensor, grid: Grid) -> Tensor:
+    """The codes of ``x`` on an integer grid less their zero points: same shape, int32.
+
+    >>> from bitsmith.grid import Grid, IntFormat
+    >>> centred_codes(torch.tensor([0.5, -1.0]), Grid(IntFormat(4), torch.tensor(0.5), torch.tensor(3)))
+    tensor([ 1, -2], dtype=torch.int32)
+    """
+    codes = quantize(x, grid).to(torch.int32)
+    blocks, _, zero_point = kernels.broadcast(codes, grid)
+    return codes if zero_point is None else (blocks - zero_point).reshape(codes.shape)
+
+
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """The real values of ``codes``: float32, same shape.
 

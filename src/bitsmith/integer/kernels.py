@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.ops import aten_name, module_of, op_of
-from ..grid import Grid, quantize
+from ..grid import Grid, centred_codes, quantize
 from ..place.layers import QuantLayer
 from ..place.plan import operands
 from . import laws
@@ -95,14 +95,7 @@ def _lies_channels_last(node: fx.Node) -> bool:
 def centred_weight(layer: QuantLayer) -> Tensor:
     """The weight's codes less their zero point, as int32."""
     assert layer.weight_quantizer is not None
-    grid = layer.weight_quantizer.require_grid()
-    codes = quantize(layer.weight.detach(), grid).to(torch.int32)
-    if grid.zero_point is not None:
-        zero = grid.zero_point
-        if zero.ndim:
-            zero = zero.view([-1 if axis == grid.axis else 1 for axis in range(codes.ndim)])
-        codes = codes - zero
-    return codes
+    return centred_codes(layer.weight.detach(), layer.weight_quantizer.require_grid())
 
 
 def bias_codes(layer: QuantLayer) -> Tensor | None:

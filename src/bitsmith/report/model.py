@@ -31,10 +31,11 @@ class Coverage(BaseModel):
     quantized_macs: int = Field(default=0, description="both operands are quantized")
     integer_macs: int = Field(default=0, description="of those, what the target multiplies as integers")
     float_layers: list[str] = []
+    runtime: str = Field(default="the target", description="what multiplies: the target, or what checks its files")
 
     @property
     def fraction(self) -> float:
-        """Share of the multiply-accumulates that run in integers on the target, 0 to 1."""
+        """Share of the multiply-accumulates that the runtime does in integers, 0 to 1."""
         return self.integer_macs / self.total_macs if self.total_macs else 0.0
 
     @property

@@ -9,14 +9,13 @@ from onnx import TensorProto
 from torch import Tensor, fx, nn
 
 from ...errors import ExportError
-from ...grid import FP8_E4M3, FP8_E5M2, FloatFormat, Grid, IntFormat, Quantizer, quantize
+from ...grid import FP8_E4M3, FP8_E5M2, FloatFormat, Grid, IntFormat, Quantizer, centred_codes, quantize
 from ...place.layers import QuantLayer
 from .builder import Builder, element_type, tensor_bytes
 
 _INT16_OPSET = 21
 _FLOAT8_OPSET = 19
-_INT4_OPSET = 21
-_BLOCK_OPSET = 21
+_INT4_OPSET = 21  # and that of block_size
 _FLOAT8 = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
 
@@ -177,7 +176,10 @@ def emit_parameter(
         return builder.initializer(name, arrange(tensor), share=True)
     if grid.group_size is not None and not _blocked(builder, tensor, grid):
         return _emit_rows_of_groups(builder, name, tensor, grid, transposed)
-    codes = arrange(quantize(tensor, grid))
+    centred = _is_centred(builder, grid)
+    codes = arrange(centred_codes(tensor, grid) if centred else quantize(tensor, grid))
+    if centred:
+        grid = Grid(IntFormat(grid.format.bits + 1), grid.scale, None, grid.axis)
     axis = grid.axis
     if axis is not None:
         axis = axis % tensor.ndim
@@ -190,6 +192,20 @@ def emit_parameter(
     return _dequantize_codes(builder, name, codes, grid, scale, zero, axis if scale.ndim else None, grid.group_size)
 
 
+def _is_centred(builder: Builder, grid: Grid) -> bool:
+    """Whether codes of few bits are stored in a byte, less their zero points.
+
+    They fit, and onnxruntime's convolutions are ten times slower with a zero point for each channel.
+    """
+    fmt = grid.format
+    return isinstance(fmt, IntFormat) and fmt.bits < 8 and grid.zero_point is not None and not _packed(builder, fmt)
+
+
+def _packed(builder: Builder, fmt: IntFormat) -> bool:
+    """Whether codes are stored two to a byte."""
+    return fmt.bits <= 4 and builder.pack_int4 and builder.opset >= _INT4_OPSET
+
+
 def _blocked(builder: Builder, tensor: Tensor, grid: Grid) -> bool:
     """Whether groups are written with DequantizeLinear's block_size.
 
@@ -198,8 +214,7 @@ def _blocked(builder: Builder, tensor: Tensor, grid: Grid) -> bool:
     """
     assert grid.group_size is not None
     whole = tensor.shape[grid.axis or 0] % grid.group_size == 0
-    packed = isinstance(grid.format, IntFormat) and grid.format.bits <= 4 and builder.pack_int4
-    return whole and packed and builder.opset >= _BLOCK_OPSET
+    return whole and isinstance(grid.format, IntFormat) and _packed(builder, grid.format)
 
 
 def _emit_rows_of_groups(builder: Builder, name: str, tensor: Tensor, grid: Grid, transposed: bool) -> str:
@@ -255,7 +270,7 @@ def _code_initializer(builder: Builder, name: str, codes: Tensor, grid: Grid) ->
     if isinstance(fmt, FloatFormat):
         dtype = storage_dtype(grid, name, builder.opset)
         return builder.initializer(name, codes.to(dtype), share=True), element_type(dtype)
-    if fmt.bits <= 4 and builder.pack_int4 and builder.opset >= _INT4_OPSET:
+    if _packed(builder, fmt):
         kind = TensorProto.INT4 if fmt.signed else TensorProto.UINT4
         return builder.raw_initializer(name, kind, list(codes.shape), pack_nibbles(codes), share=True), kind
     dtype = storage_dtype(grid, name, builder.opset) if fmt.bits <= 16 else torch.int32
