@@ -79,12 +79,17 @@ def _rounding(weight_bits: int, draws: int) -> dict[str, Row]:
     }
 
 
-def _by_effort(*names: str, draws: int = 1) -> dict[str, Row]:
-    """Recipes by widths and effort under the default placement, or the one after a slash."""
+def _by_effort(*names: str, draws: int = 3) -> dict[str, Row]:
+    """Recipes by widths and effort; behind a slash stands where to place quantizers, behind a comma how weights lie."""
     rows = {}
     for name in names:
-        recipe, _, placement = name.partition("/")
-        rows[name] = Row(bs.load_recipe(recipe), cast("PlacementName", placement or "runtime"), draws)
+        named, _, placement = name.partition("/")
+        recipe = bs.load_recipe(named.removesuffix(", symmetric"))
+        if named != recipe.name:
+            assert recipe.weights is not None
+            weights = recipe.weights.model_copy(update={"symmetric": True})
+            recipe = recipe.model_copy(update={"weights": weights})
+        rows[name] = Row(recipe, cast("PlacementName", placement or "runtime"), draws)
     return rows
 
 
@@ -93,16 +98,18 @@ def _learned() -> dict[str, Row]:
     return {"w4a8 learned rounding": Row(recipe, "layerwise")}
 
 
-_CIFAR = ("w4a8-fast", "w4a8-best", "w3a8-fast", "w3a8-best", "w2a8-fast", "w2a8-best", "w4a4-fast", "w4a4-best",
+_CIFAR = ("w4a8-fast", "w4a8-fast, symmetric", "w4a8-best", "w3a8-fast", "w3a8-fast, symmetric", "w3a8-best",
+          "w2a8-fast", "w2a8-fast, symmetric", "w2a8-best", "w4a4-fast", "w4a4-fast, symmetric", "w4a4-best",
           "w4a4-fast/fx", "w4a4-best/fx", "w2a4-fast", "w2a4-best")  # fmt: skip
+_SMALL = ("w4a8-fast", "w4a8-fast, symmetric", "w4a8-best")
 
 ROWS: dict[str, dict[str, Row]] = {
-    "resnet20": _rounding(4, 3) | _rounding(3, 1) | _rounding(2, 1) | _learned() | _by_effort(*_CIFAR, draws=3),
-    "resnet32": _rounding(4, 1) | _rounding(3, 1) | _by_effort("w4a8-best", "w4a4-best"),
-    "shufflenetv2_x0_5": _by_effort("w4a8-fast", "w4a8-best"),
-    "dscnn_kws": _by_effort("w4a8-fast", "w4a8-best"),
-    "mcunet_in4": _by_effort("w4a8-fast", "w4a8-best"),
-    "mobilenet_v1_025": _by_effort("w4a8-fast", "w4a8-best")
+    "resnet20": _rounding(4, 3) | _rounding(3, 1) | _rounding(2, 1) | _learned() | _by_effort(*_CIFAR),
+    "resnet32": _rounding(4, 1) | _rounding(3, 1) | _by_effort("w4a8-best", "w4a4-best", draws=1),
+    "shufflenetv2_x0_5": _by_effort(*_SMALL),
+    "dscnn_kws": _by_effort(*_SMALL),
+    "mcunet_in4": _by_effort(*_SMALL),
+    "mobilenet_v1_025": _by_effort(*_SMALL)
     | {
         "w8a8 per tensor": _per_tensor("bias_correction"),
         "w8a8 per tensor, equalize": _per_tensor(Equalize(merge_bias=True), "bias_correction"),
