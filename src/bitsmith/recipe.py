@@ -188,7 +188,8 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     equalizing: tuple[Step, ...] = ()
     learning: tuple[Step, ...] = ()
     if effort == "best":
-        equalizing, learning = (Equalize(objective="noise", clips="trade"),), (Reconstruct(iterations=400),)
+        equalizing = (Equalize(objective="noise", clips="trade"),)
+        learning = (Reconstruct(iterations=400, least_samples=200),)
     # variances are worth matching where much is lost; else their own error is more, with a hundred samples at least
     matched = weight_bits < 4 or activation_bits <= 4
     moments: Step = ReestimateBatchNorm() if matched else BiasCorrection()

@@ -197,14 +197,17 @@ class Reconstruct(_Learned):
     The rounding of a block's weights, its biases and the scales of its activations are learned together, so that
     the block's output is that of the float model. ``drop`` is how often an activation is left unquantized while
     learning. Blocks end where one value is alive; neighbours are joined while they have ``layers`` layers or less.
-    A learning rate of 0 leaves biases or scales as they are. Behind a step that rounds layer by layer (GPTQ ...) it
-    learns which weights to take back one step towards where they came from, on the scales that step has found.
+    A learning rate of 0 leaves biases or scales as they are. With fewer than ``least_samples`` nothing is learned, and
+    the report says so: of few samples a block learns the peculiarities. Behind a step that rounds layer by layer
+    (GPTQ ...) it learns which weights to take back one step towards where they came from, on the scales that step has
+    found.
     """
 
     stage: ClassVar[Stage] = "blocks"
     name: Literal["reconstruct"] = "reconstruct"
     layers: int = Field(default=3, ge=1)
     batch_size: int = Field(default=32, ge=1)
+    least_samples: int = Field(default=1, ge=1)
     drop: float = Field(default=0.5, ge=0.0, lt=1.0)
     lr_bias: float = Field(default=1e-3, ge=0.0, description="in standard deviations of the layer's output")
     lr_scale: float = Field(default=1e-3, ge=0.0, description="of the scale's logarithm")

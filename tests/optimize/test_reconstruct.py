@@ -167,6 +167,21 @@ def test_samples_held_out_judge_a_block_and_are_not_learned_from(monkeypatch: py
     assert all(entry.undone for entry in q.report.steps)  # nothing was learned, so nothing became better
 
 
+def test_nothing_is_learned_from_too_few_samples() -> None:
+    """What other steps do is done as without it, and the report says why nothing was learned."""
+    x = images(64)
+    others = ("fold_batch_norm", "gptq", "bias_correction")
+    learning = (*others[:2], {"reconstruct": {"iterations": 20, "least_samples": 65}}, others[2])
+    q = bs.quantize(Residual(), [x], bits_recipe(4, 8, steps=learning))
+    assert torch.equal(q(x), bs.quantize(Residual(), [x], bits_recipe(4, 8, steps=others))(x))
+    notes = [note for note in q.report.notes if note.startswith("reconstruct: 0 of ")]
+    assert notes
+    assert notes[0].endswith("64 samples are too few to learn from (least_samples: 65)")
+    enough = (*learning[:2], {"reconstruct": {"iterations": 20, "least_samples": 64}}, learning[3])
+    done = bs.quantize(Residual(), [x], bits_recipe(4, 8, steps=enough)).report.steps
+    assert not any(entry.skipped for entry in done if entry.step == "reconstruct")
+
+
 def test_layers_with_shared_weights_keep_them() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -92,7 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], Callable[[Recipe], Any]]] = {
     "merge-bn": ({}, [False, True], has("fold_batch_norm")),
     "graph-eq-iterations": (ROUGH, [0, 1, 20], lambda r: getattr(r.step("equalize"), "iterations", 0)),
     "graph-eq-merge-bias": ({**ROUGH, "graph-eq-iterations": 20}, [False, True], of("equalize", "merge_bias")),
-    "act-equalization": ({"weight-bit-width": 6, "act-bit-width": 4}, ["None", "fx", "layerwise"],
+    "act-equalization": ({"weight-bit-width": 5, "act-bit-width": 4}, ["None", "fx", "layerwise"],
                          lambda r: {None: "None", False: "fx", True: "layerwise"}[
                              getattr(r.step("equalize_activations"), "insert", None)]),
     "channel-splitting-ratio": (SPLIT, [0.0, 0.05, 0.08], lambda r: getattr(r.step("split_channels"), "ratio", 0.0)),

@@ -56,11 +56,15 @@ class BlockSteps:
             walk.progress = _never_back(walk.progress)
         self.device = _device(step)
         self.learned, self.judged = _split(walk.counts[: walk.quantized_chunks], _HELD_OUT)
+        self.too_few = _too_few(step, sum(walk.counts[: walk.quantized_chunks]))
         self.log: list[StepLog] = []
 
     def run(self, block: Block, index: int) -> None:
         """Reconstruct a block whose grids are set; both streams stand at its start, the float one also at its end."""
         if self.step is None or not block.layers:
+            return
+        if self.too_few:
+            self.log.append(StepLog(self.step.name, block.name, skipped=self.too_few))
             return
         log = StepLog(self.step.name, block.name)
         originals = self._round_first(block)
@@ -183,6 +187,13 @@ def _split(counts: list[int], share: float) -> tuple[range, range]:
     while first > 1 and sum(counts[first:]) < share * sum(counts):
         first -= 1
     return range(first), range(first if first < len(counts) else 0, len(counts))
+
+
+def _too_few(step: Reconstruct | LearnedRounding | None, samples: int) -> str:
+    """Why nothing is to be learned from so many samples; empty where it is."""
+    if not isinstance(step, Reconstruct) or samples >= step.least_samples:
+        return ""
+    return f"{samples} samples are too few to learn from (least_samples: {step.least_samples})"
 
 
 def _as_reconstruct(step: Reconstruct | LearnedRounding) -> Reconstruct:

@@ -179,7 +179,10 @@ class Target(BaseModel):
                 f"per {spec.granularity}; its own recipe is {self.default_recipe!r}"
             )
         if role == "weights" and self.symmetric_weights and not spec.symmetric:
-            raise RecipeError(f"target {self.name} has no zero points of weights: make the recipe's weights symmetric")
+            raise RecipeError(
+                f"target {self.name} has no zero points of weights: make the recipe's weights symmetric "
+                "(weights: {symmetric: true}; for bitsmith evaluate --weight-quant-type sym)"
+            )
         if role == "activations" and self.symmetric_activations and not spec.symmetric:
             raise RecipeError(
                 f"target {self.name} has no zero points: make the recipe's activations symmetric, or use its own "
