@@ -141,7 +141,9 @@ def _deploy_file(q: QuantizedModel, engine: EngineName, threads: int | None) -> 
     if engine == "ai8x":
         path = export_ai8x(q, Path(folder.name) / "model.pth.tar")
     else:
-        path = export_onnx(q, Path(folder.name) / "model.onnx", style="qcdq" if _needs_clip(q) else "qdq")
+        style: Literal["qdq", "qcdq"] = "qcdq" if _needs_clip(q) else "qdq"
+        # nobody keeps this file: in bytes, onnxruntime computes with codes of 4 bits in integers
+        path = export_onnx(q, Path(folder.name) / "model.onnx", style=style, pack_int4=False)
     return Deployed(open_engine(path, engine, threads), folder, q)
 
 

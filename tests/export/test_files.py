@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bitsmith as bs
+from bitsmith.deployment import open_engine
 from bitsmith.errors import DataError, ExportError, PlacementError, RecipeError
 from bitsmith.recipe import bits_recipe
 
@@ -54,6 +56,28 @@ def test_a_one_dimensional_pool_runs_in_integers(conv: tuple[nn.Module, Tensor])
     q = bs.quantize(net, [x])
     assert torch.equal(q.integer_executor()(x), q(x))
     assert torch.equal(bs.deploy(q)(x), q(x))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_of_few_bits_are_deployed_in_bytes_and_multiplied_as_integers(
+    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(32, 3, 10, 10)
+    recipe = bits_recipe(4, 8)
+    assert recipe.weights is not None
+    weights = recipe.weights.model_copy(update={"symmetric": symmetric})
+    q = bs.quantize(net, [x], recipe.model_copy(update={"weights": weights}))
+    seen = []
+
+    def watched(path: Path, *rest: Any) -> Any:
+        seen.append(bs.verify(q, path, [x]))
+        return open_engine(path, *rest)
+
+    monkeypatch.setattr("bitsmith.deployment.open_engine", watched)
+    differs = (bs.deploy(q)(x) - q(x)).abs() > 0.5 * seen[0].outputs[0].lsb
+    assert seen[0].integer_kernels["QLinearConv"] == 2
+    assert float(differs.float().mean()) < 0.01
 
 
 def test_deployed_takes_keywords_in_any_order_and_returns_the_model_s_structure(tmp_path: Path) -> None:
