@@ -23,13 +23,16 @@ from torch import Tensor
 import bitsmith as bs
 from benchmarks import data, nets
 from benchmarks.accuracy import answers, commit
-from benchmarks.nets.registry import RESNET_NORM
+from benchmarks.nets.registry import RESNET_NORM, SHUFFLENET_NORM
 from benchmarks.rows import append
 from bitsmith.grid import RangeRule
+from bitsmith.recipe import PlacementName
 from bitsmith.steps import Gptq, Step
 
 FIELDS = ("net", "recipe", "placement", "variant", "calibration_samples", "validation_samples", "agreement",
           "kl_millinats", "output_sqnr_db", "seed", "commit", "bitsmith")  # fmt: skip
+NORMS = {"resnet20": RESNET_NORM, "resnet32": RESNET_NORM, "shufflenetv2_x0_5": SHUFFLENET_NORM}
+_FEW_BITS = ("w4a8-fast", "w3a8-fast", "w2a8-fast", "w4a4-fast", "w2a4-fast")
 
 
 def without(recipe: bs.Recipe, *names: str) -> bs.Recipe:
@@ -52,6 +55,10 @@ def variants(name: str) -> dict[str, tuple[bs.Recipe, int | None]]:
     """What is compared for a recipe: each variant with the samples that its quantized stream follows."""
     recipe = bs.load_recipe(name)
     chosen: dict[str, tuple[bs.Recipe, int | None]] = {"as it is": (recipe, None)}
+    if name in _FEW_BITS:
+        assert recipe.weights is not None
+        symmetric = recipe.weights.model_copy(update={"symmetric": True})
+        return chosen | {"symmetric weights": (recipe.model_copy(update={"weights": symmetric}), None)}
     chosen["no bias correction"] = without(recipe, "bias_correction"), None
     if name == "int8":
         chosen["512 samples"] = recipe, 512
@@ -79,14 +86,15 @@ def measure(q: bs.QuantizedModel, exact: Tensor, batches: data.Batches) -> dict[
 
 
 def rows(net: str, names: list[str], wanted: list[str] | None, samples: int) -> Any:
-    """Every variant of the recipes on one net, under the placements ``fx`` and ``layerwise``."""
+    """Every variant of the recipes on one net, under the placements ``fx`` and ``layerwise``; few bits as they are."""
     model, calibration, _, _ = nets.load(net)
     images, labels = data.cifar10("train")
     held = slice(1000, 1000 + samples)
-    batches = data.batches(data.normalized(images[held], *RESNET_NORM), labels[held], 250)
+    batches = data.batches(data.normalized(images[held], *NORMS[net]), labels[held], 250)
     exact = answers(model, batches)
     for name in names:
-        for placement in ("fx", "layerwise"):
+        placements: tuple[PlacementName, ...] = ("runtime",) if name in _FEW_BITS else ("fx", "layerwise")
+        for placement in placements:
             for variant, (recipe, noise_samples) in variants(name).items():
                 if wanted and variant not in wanted:
                     continue
@@ -101,15 +109,15 @@ def rows(net: str, names: list[str], wanted: list[str] | None, samples: int) -> 
 def main() -> None:
     """Measure and print, and write CSV where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8"])
-    parser.add_argument("--nets", nargs="+", default=["resnet20", "resnet32"], choices=["resnet20", "resnet32"])
+    parser.add_argument("--recipes", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8", *_FEW_BITS])
+    parser.add_argument("--nets", nargs="+", default=["resnet20", "resnet32"], choices=list(NORMS))
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     for net in options.nets:
         for row in rows(net, options.recipes, options.variants, options.samples):
-            print(f"{net:10}{row['recipe']:6}{row['placement']:11}{row['variant']:24}{row['agreement']:8.2f} %"
+            print(f"{net:18}{row['recipe']:10}{row['placement']:11}{row['variant']:24}{row['agreement']:8.2f} %"
                   f"{row['kl_millinats']:9.3f} mnat{row['output_sqnr_db']:7.2f} dB", flush=True)  # fmt: skip
             if options.csv:
                 append(options.csv, FIELDS, row)
