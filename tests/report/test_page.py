@@ -19,6 +19,7 @@ from bitsmith.evaluate.job import JobResult
 from bitsmith.evaluate.latency import Latency
 from bitsmith.evaluate.metrics import Metrics
 from bitsmith.recipe import bits_recipe
+from bitsmith.report.model import LayerReport
 from bitsmith.report.page import pareto_front, write_page, write_pareto
 from bitsmith.report.warn import warnings_for
 from bitsmith.report.write import look_at
@@ -173,6 +174,14 @@ def test_warnings_come_with_remedies(result: JobResult) -> None:
     assert list(found)[:2] == ["FAILED: it differs", "top-1 is 10.00 points below the float model"]
     assert "slower than the float one" in list(found)[-1]
     assert all(found.values())
+
+
+@pytest.mark.parametrize(("bits", "integer"), [(4, False), (4, True), (8, False)])
+def test_slow_files_of_packed_weights_are_told_of_bytes(result: JobResult, bits: int, integer: bool) -> None:
+    layer = LayerReport(name="b", type="Conv2d", macs=1, weight_bits=bits, input_bits=8, integer=integer)
+    report = result.report.model_copy(update={"layers": [layer]})
+    remedy = warnings_for(result.model_copy(update={"report": report}))[-1].remedy
+    assert ("keep 4-bit weights in bytes (--opset 20" in remedy) is (bits == 4 and not integer)
 
 
 def test_write_report_gives_a_page_or_its_data(tmp_path: Path) -> None:

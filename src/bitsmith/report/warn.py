@@ -105,5 +105,7 @@ def _speed(result: JobResult) -> list[Warning]:
         return []
     coverage = result.report.coverage
     cause = f"in float run {listed(coverage.float_layers)}: " if coverage.float_layers else ""
-    help_ = f"{cause}give them 8 bits and placement runtime, or try another engine (bitsmith.deploy(engine='auto'))"
+    packed = any(not x.integer and 0 < (x.weight_bits or 0) <= 4 for x in result.report.layers)
+    store = "keep 4-bit weights in bytes (--opset 20, or export_onnx with pack_int4=False), " if packed else ""
+    help_ = f"{cause}{store}give them 8 bits and placement runtime, or try another engine (deploy with engine='auto')"
     return [Warning(what=f"the file is slower than the float one at batch {', '.join(slow)}", remedy=help_)]
