@@ -199,11 +199,14 @@ def _by_effort(weight_bits: int, activation_bits: int, effort: Literal["fast", "
     )  # fmt: skip
     assert recipe.weights is not None
     assert recipe.activations is not None
-    changed = {"weights": recipe.weights.model_copy(update={"symmetric": weight_bits > 4})}
+    changed = {"weights": recipe.weights.model_copy(update={"symmetric": weight_bits > FEW_BITS})}
     if activation_bits <= 4:
         changed["activations"] = recipe.activations.model_copy(update={"range": RangeRule(name="mse")})
     return recipe.model_copy(update=changed)
 
+
+FEW_BITS = 4
+"""Weights of so many bits and fewer have zero points in the recipes by effort."""
 
 _WIDTHS = ((8, 8), (6, 6), (4, 8), (3, 8), (2, 8), (4, 4), (2, 4))
 

@@ -305,5 +305,23 @@ def test_options_reach_the_recipes_overrides() -> None:
     assert all(o.activations is None for o in weights_only.overrides)
 
 
+def test_zero_points_of_few_bits_end_with_these() -> None:
+    """Eight-bit weights with zero points run in float, or slowly, on most runtimes."""
+    fast = load_recipe("w4a8-fast")
+    assert fast.weights is not None
+    for width, asked, symmetric in (
+        (8, {}, True), (5, {}, True), (3, {}, False), (8, {"weight-quant-type": "asym"}, False),
+    ):  # fmt: skip
+        wider = apply_options(fast, {"weight-bit-width": width, **asked}).weights
+        assert wider is not None
+        assert (wider.format.bits, wider.symmetric) == (width, symmetric)
+    ends = apply_options(fast, {"layerwise-first-last-bit-width": 8})
+    assert ends.overrides == fast.overrides
+    own = fast.model_copy(update={"name": "my own"})  # which says what it wants
+    kept = apply_options(own, {"weight-bit-width": 8}).weights
+    assert kept is not None
+    assert not kept.symmetric
+
+
 def test_no_option_leaves_the_recipe_as_it_is() -> None:
     assert apply_options(load_recipe("int8"), {}) is load_recipe("int8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ..recipe import BY_EFFORT, FEW_BITS
 from .constraints import Draft, Given
 
 Change = Callable[[Draft, Any, Given], None]
@@ -35,9 +36,18 @@ def bits(role: str) -> Change:
             kept = [{**override, "activations": None} for override in draft["overrides"]]
             draft["overrides"] = [override for override in kept if override["exclude"] or override["weights"]]
         elif draft[role] is not None and draft[role]["format"]["kind"] == "int":
-            draft[role]["format"]["bits"] = width
+            draft[role] = _of_width(draft, role, width, given)
 
     return change
+
+
+def _of_width(draft: Draft, role: str, width: int, given: Given) -> Draft:
+    """A role's spec at another width. Zero points that a named recipe has for weights of few bits end with these."""
+    spec = {**draft[role], "format": {**draft[role]["format"], "bits": width}}
+    named = role == "weights" and draft["name"] in BY_EFFORT and "weight-quant-type" not in given
+    if named and width > FEW_BITS:
+        spec["symmetric"] = True
+    return spec
 
 
 def field(role: str, name: str, values: Mapping[Any, Any] | None = None) -> Change:
@@ -139,11 +149,8 @@ def ends(draft: Draft, width: int, given: Given) -> None:
     """The first and the last layer's own width, in place of what the recipe has for them."""
     kept = [override for override in draft["overrides"] if override["match"] not in ("first", "last")]
     for match in ("first", "last"):
-        specs = {
-            role: {**draft[role], "format": {**draft[role]["format"], "bits": width}}
-            for role in ("weights", "activations")
-            if draft[role] is not None
-        }
+        roles = [role for role in ("weights", "activations") if draft[role] is not None]
+        specs = {role: _of_width(draft, role, width, given) for role in roles}
         kept.append({"match": match, "exclude": False, "weights": None, "activations": None, "bias": None, **specs})
     draft["overrides"] = kept
 
