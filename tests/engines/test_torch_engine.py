@@ -284,3 +284,41 @@ def test_wrong_calls_say_what_to_do(quantized, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no zip")
     with pytest.raises(VerificationError, match="damaged"):
         bs.deploy(tmp_path / "bad.pt")
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0]).relu()
+
+
+class _Created(nn.Module):
+    """Tensors of the batch's size, made in every way that there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        batch = x.shape[0]
+        made = torch.where(x.new_zeros(batch, 8) == 0, torch.ones(batch, 8), torch.full((batch, 8), 0.5))
+        made = made + x.new_ones(batch, 8) + x.new_full((batch, 8), 0.25)
+        return self.head(x + made) + torch.arange(batch).unsqueeze(1)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: _Recurrent(nn.LSTM(8, 16, batch_first=True)), lambda: _Recurrent(nn.GRU(8, 16, batch_first=True)), _Created,
+])  # fmt: skip
+def test_sizes_are_not_baked_in(make, tmp_path):
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.randn(24, 8)
+    x = x if isinstance(net, _Created) else x.unsqueeze(1).repeat(1, 6, 1) * torch.rand(24, 6, 1)
+    q = bs.quantize(net, [x], target="torch")
+    deployed = bs.deploy(q, "torch")
+    file = torch.jit.load(bs.export_torchscript(q, tmp_path / "m.pt"))
+    for rows in (1, 3, 24):
+        torch.testing.assert_close(deployed(x[:rows]), q(x[:rows]))
+        torch.testing.assert_close(file(x[:rows]), q(x[:rows]))

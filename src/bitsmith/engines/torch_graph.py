@@ -15,6 +15,11 @@ from ..place.layers import QuantLayer
 
 Read = Callable[[fx.Node], fx.Node]
 _RESHAPES = {"view", "reshape", "_unsafe_view"}
+_CREATED: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(torch, name) for name in ("zeros", "ones", "full", "arange")},
+    **{name: getattr(Tensor, name) for name in ("new_zeros", "new_ones", "new_full")},
+}
+"""As overloads, traces bake their sizes in, and torch's LSTM writes past the end of a state of another batch size."""
 
 
 class GraphCopy:
@@ -56,7 +61,7 @@ class GraphCopy:
             return self.graph.call_method("reshape", (args[0], reshaped(args[1])))
         if name == "expand":
             return self.graph.call_method("expand", (args[0], kept(args[1])))
-        target = node.target
+        target = _CREATED.get(name, node.target)
         assert callable(target)
         return self.graph.call_function(target, args, kwargs)
 
