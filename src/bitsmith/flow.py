@@ -139,11 +139,11 @@ def held_out(
     count = sum(map(sample_count, batches))
     half = max(1, min(_TRIAL_SAMPLES, count // 2))
     if batch_size(graph) is None:  # then batches cannot be cut
-        first, last, several = batches[:1], batches[-1:], len(batches) > 1
+        first, last, parts = batches[:1], batches[-1:], len(batches)
     else:
         first, last = _samples(batches, half, first_samples), _samples(batches[::-1], half, last_samples)
-        several = count > 1
-    turns = [(first, last), (last, first)] if several and half < _TRIAL_SAMPLES else [(first, last)]
+        parts = count
+    turns = [(first, last), (last, first)][: 2 if parts > 1 and half < _TRIAL_SAMPLES else 1]
     trials = [_try(copy_graph(graph), few, judged, recipe, target, exact) for few, judged in turns]
     return Trial(torch.cat([t.errors for t in trials]), torch.cat([t.signals for t in trials]))
 
@@ -202,12 +202,12 @@ def finish(
     coverage = q.report.coverage
     if coverage.fraction < recipe.min_coverage:
         raise PlacementError(
-            f"{coverage.fraction:.1%} of the multiply-accumulates run in integers on {target.name}, less than "
+            f"{coverage.fraction:.1%} of the multiply-accumulates run in integers on {target.runtime}, less than "
             f"min_coverage {recipe.min_coverage:.1%}; in float run {', '.join(coverage.float_layers[:8])}"
         )
     if recipe.weights and recipe.activations and not coverage.integer_macs:
         q.report.notes.append(
-            f"no multiply-accumulate runs in integers on {target.name}: the file is smaller, but not faster. It "
+            f"no multiply-accumulate runs in integers on {target.runtime}: the file is smaller, but not faster. It "
             f"computes in integers with {' or '.join(map(str, target.integer_bits))} bits and placement 'runtime'"
         )
     if recipe.weights and recipe.activations and coverage.total_macs and not coverage.quantized_macs:

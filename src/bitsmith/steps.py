@@ -197,10 +197,10 @@ class Reconstruct(_Learned):
     The rounding of a block's weights, its biases and the scales of its activations are learned together, so that
     the block's output is that of the float model. ``drop`` is how often an activation is left unquantized while
     learning. Blocks end where one value is alive; neighbours are joined while they have ``layers`` layers or less.
-    A learning rate of 0 leaves biases or scales as they are. With fewer than ``least_samples`` nothing is learned, and
-    the report says so: of few samples a block learns the peculiarities. Behind a step that rounds layer by layer
-    (GPTQ ...) it learns which weights to take back one step towards where they came from, on the scales that step has
-    found.
+    A learning rate of 0 leaves biases or scales as they are. Where the quantized stream follows fewer than
+    ``least_samples`` nothing is learned, and the report says so: of few samples a block learns the peculiarities.
+    Behind a step that rounds layer by layer (GPTQ ...) it learns which weights to take back one step towards where they
+    came from, on the scales that step has found.
     """
 
     stage: ClassVar[Stage] = "blocks"

@@ -176,7 +176,7 @@ def test_nothing_is_learned_from_too_few_samples() -> None:
     assert torch.equal(q(x), bs.quantize(Residual(), [x], bits_recipe(4, 8, steps=others))(x))
     notes = [note for note in q.report.notes if note.startswith("reconstruct: 0 of ")]
     assert notes
-    assert notes[0].endswith("64 samples are too few to learn from (least_samples: 65)")
+    assert "64 samples are too few to learn from (least_samples: 65): give more" in notes[0]
     enough = (*learning[:2], {"reconstruct": {"iterations": 20, "least_samples": 64}}, learning[3])
     done = bs.quantize(Residual(), [x], bits_recipe(4, 8, steps=enough)).report.steps
     assert not any(entry.skipped for entry in done if entry.step == "reconstruct")

@@ -51,8 +51,8 @@ def test_names_with_brackets_are_not_markup() -> None:
 def test_coverage_tells_quantized_from_integer() -> None:
     line = coverage_line(Report(coverage=Coverage(total_macs=4, quantized_macs=4, integer_macs=1)))
     assert line.startswith("25.0 % of 4 multiply-accumulates run in integers on the target (100.0 %")
-    other = Coverage(total_macs=4, quantized_macs=4, integer_macs=1, runtime="the checker")
-    assert "run in integers on the checker (100.0 %" in coverage_line(Report(coverage=other))
+    other = Coverage(total_macs=4, quantized_macs=4, integer_macs=1, runtime="another")
+    assert "run in integers on another, which checks the files, (100.0 %" in coverage_line(Report(coverage=other))
     assert coverage_line(Report()) == "0.0 % of 0 multiply-accumulates run in integers"
 
 

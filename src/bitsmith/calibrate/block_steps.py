@@ -193,7 +193,10 @@ def _too_few(step: Reconstruct | LearnedRounding | None, samples: int) -> str:
     """Why nothing is to be learned from so many samples; empty where it is."""
     if not isinstance(step, Reconstruct) or samples >= step.least_samples:
         return ""
-    return f"{samples} samples are too few to learn from (least_samples: {step.least_samples})"
+    return (
+        f"{samples} samples are too few to learn from (least_samples: {step.least_samples}): give more, or raise "
+        "noise_samples where that bounds them"
+    )
 
 
 def _as_reconstruct(step: Reconstruct | LearnedRounding) -> Reconstruct:

@@ -114,7 +114,8 @@ def _check_file(settings: JobSettings, recipe: Recipe, target: Target) -> None:
     if target.engine == "torch" and not any(_on_torch_kernels(recipe, part) for part in parts):
         raise ExportError(
             "no layer would run on torch's int8 kernels, which take weights and activations of up to 8 bits, weights "
-            f"symmetric, per tensor or channel: recipe {recipe.name!r} has others, which --target onnxruntime writes"
+            f"per tensor or channel and at 8 bits without zero points: recipe {recipe.name!r} has others, which "
+            "--target onnxruntime writes"
         )
     if odd := [fmt for fmt in floats if fmt not in _ONNX_FLOATS]:
         raise ExportError(

@@ -29,8 +29,8 @@ def export_onnx(
 
     ``style="qcdq"`` adds the Clip that widths other than 8 and 16 bits need; ``"qdq"`` has none, and refuses them.
     ``opset`` is 13 to 26. ``pack_int4`` packs weights of 4 bits and less as INT4 from opset 21 on; onnxruntime then
-    computes those layers in float, with False (int8 storage) in integers. For TI's TIDL devices the file keeps the
-    rules of their import: one image, opset 16, int8 alone. The file appears whole or not at all.
+    computes those layers in float, with False (int8 storage, less zero points) in integers. For TI's TIDL devices the
+    file keeps the rules of their import: one image, opset 16, int8 alone. The file appears whole or not at all.
 
     >>> import bitsmith as bs, tempfile, pathlib
     >>> q = bs.quantize(nn.Linear(4, 2), [torch.randn(32, 4)])

@@ -37,7 +37,7 @@ def build_report(
     report.layers = [_layer(node, node in quantized, program, log) for node in nodes]
     report.coverage = _coverage(nodes, report.layers)
     if target.tidl is not None:
-        report.coverage.runtime = "onnxruntime, which checks the files"
+        report.coverage.runtime = target.runtime
     if log is not None:
         report.samples = log.samples
         report.output_sqnr_db = _finite(log.output.db)
@@ -119,8 +119,7 @@ def _layer(node: fx.Node, quantized: bool, program: Program, log: WalkLog | None
     if kernel == EXACT_FLOAT:
         report.note = f"{program.target.name} multiplies its codes in float32: exact, at float speed"
     elif not report.integer and report.weight_bits and report.input_bits:
-        runtime = program.target.name if program.target.tidl is None else "onnxruntime"
-        report.note = f"{runtime} computes it in float between Q and DQ"
+        report.note = f"{program.target.runtime} computes it in float between Q and DQ"
     noise = log.noise.get(node) if log else None
     report.sqnr_db = _finite(noise.db) if noise else None
     return report

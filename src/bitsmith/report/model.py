@@ -23,15 +23,15 @@ class LayerReport(BaseModel):
 
 
 class Coverage(BaseModel):
-    """How many of the multiply-accumulates have both operands on grids, and how many the target runs on codes."""
+    """How many of the multiply-accumulates have both operands on grids, and how many the runtime does on codes."""
 
     model_config = ConfigDict(extra="forbid")
 
     total_macs: int = 0
     quantized_macs: int = Field(default=0, description="both operands are quantized")
-    integer_macs: int = Field(default=0, description="of those, what the target multiplies as integers")
+    integer_macs: int = Field(default=0, description="of those, what the runtime multiplies as integers")
     float_layers: list[str] = []
-    runtime: str = Field(default="the target", description="what multiplies: the target, or what checks its files")
+    runtime: str = Field(default="the target", description="the target, or what checks its files here")
 
     @property
     def fraction(self) -> float:

@@ -130,6 +130,11 @@ class Target(BaseModel):
         """Sets in one order, so that the same model is saved as the same file."""
         return sorted(names)
 
+    @property
+    def runtime(self) -> str:
+        """What is asked here what runs in integers: for TI's devices onnxruntime, which checks their files."""
+        return self.name if self.tidl is None else "onnxruntime"
+
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that this target has no numbers for."""
         if self.shifts is not None and recipe.step("reestimate_batch_norm"):
@@ -167,7 +172,8 @@ class Target(BaseModel):
             return
         if spec.format.bits not in widths:
             raise RecipeError(
-                f"target {self.name} takes {role} of {_span(widths)} bits, but the recipe has {spec.format.bits}"
+                f"target {self.name} takes {role} of {_span(widths)} bits, but the recipe has {spec.format.bits}; "
+                f"its own recipe is {self.default_recipe!r}"
             )
         if spec.scale not in self.scales:
             raise RecipeError(
@@ -181,7 +187,8 @@ class Target(BaseModel):
         if role == "weights" and self.symmetric_weights and not spec.symmetric:
             raise RecipeError(
                 f"target {self.name} has no zero points of weights: make the recipe's weights symmetric "
-                "(weights: {symmetric: true}; for bitsmith evaluate --weight-quant-type sym)"
+                "(weights: {symmetric: true}; for bitsmith evaluate --weight-quant-type sym), or use its own recipe, "
+                f"{self.default_recipe!r}"
             )
         if role == "activations" and self.symmetric_activations and not spec.symmetric:
             raise RecipeError(

@@ -195,7 +195,7 @@ def emit_parameter(
 def _is_centred(builder: Builder, grid: Grid) -> bool:
     """Whether codes of few bits are stored in a byte, less their zero points.
 
-    They fit, and onnxruntime's convolutions are ten times slower with a zero point for each channel.
+    They fit, and onnxruntime's convolutions are much slower with a zero point for each channel.
     """
     fmt = grid.format
     return isinstance(fmt, IntFormat) and fmt.bits < 8 and grid.zero_point is not None and not _packed(builder, fmt)
