@@ -96,8 +96,8 @@ def deploy(
     """A callable that runs the quantized model, or an exported file, in ``engine``.
 
     ``"onnxruntime"`` and ``"openvino"`` run the ONNX file, weights of few bits in bytes; ``"torch"`` runs PyTorch's
-    own int8 kernels. ``"auto"`` times those that are installed on ``inputs`` (default: one made-up sample; for a dynamic
-    model the inputs that it was first called with) for about a second and takes the fastest; the answer's
+    own int8 kernels. ``"auto"`` times those that are installed on ``inputs`` (default: one made-up sample; for a
+    dynamic model the inputs that it was first called with) for about a second and takes the fastest; the answer's
     ``engine.name`` and ``timings`` say which. None is onnxruntime, or what reads the file.
 
     ``"ai8x"`` runs the checkpoint of a MAX78000. Dynamic models run on ``"torch"`` on the threads that torch has.

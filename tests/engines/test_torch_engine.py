@@ -14,6 +14,7 @@ import bitsmith as bs
 from bitsmith.engines import build_torch
 from bitsmith.engines.torch_kernels import QuantizedMean, Stored
 from bitsmith.errors import DataError, ExportError, VerificationError
+from bitsmith.grid import IntFormat
 from bitsmith.integer.laws import AveragePool
 
 LOADER = """
@@ -322,3 +323,20 @@ def test_sizes_are_not_baked_in(make, tmp_path):
     for rows in (1, 3, 24):
         torch.testing.assert_close(deployed(x[:rows]), q(x[:rows]))
         torch.testing.assert_close(file(x[:rows]), q(x[:rows]))
+
+
+@pytest.mark.parametrize(("bits", "share"), [(7, 1.0), (8, 0.0)])
+def test_weights_whose_zero_points_leave_the_byte_are_counted_as_float(bits, share):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(24, 3, 8, 8)
+    for layer in (net[0], net[2]):
+        layer.weight.data.add_(layer.weight.abs().amax() / 3)
+    recipe = bs.load_recipe("int8")
+    spec = recipe.weights.model_copy(update={"symmetric": False, "format": IntFormat(bits)})
+    q = bs.quantize(net, [x], recipe.model_copy(update={"weights": spec}), target="torch")
+    assert q.report.coverage.fraction == share
+    if share:
+        assert torch.equal(bs.deploy(q, "torch")(x), q(x))
+    else:
+        with pytest.raises((ExportError, DataError), match="8-bit weights without zero points"):
+            bs.deploy(q, "torch")

@@ -14,7 +14,7 @@ from torch import fx, nn
 from ..capture.ops import aten_name, op_of, quantizer_of
 from ..errors import ExportError
 from ..grid import Grid, IntFormat
-from ..integer.kernels import average_pool_geometry, centred_weight
+from ..integer.kernels import average_pool_geometry, centred_weight, fits_signed_bytes
 from ..integer.program import EXACT_FLOAT
 from ..model import QuantizedModel
 from ..place.layers import QuantLayer
@@ -66,7 +66,7 @@ class _Builder(GraphCopy):
         if not any(isinstance(module, kernels) for module in self.attributes.values()):
             raise ExportError(
                 "no layer of this model runs on torch's int8 kernels, which take weights and activations of up to 8 "
-                "bits: quantize with recipe 'int8', or use another engine"
+                "bits, 8-bit weights without zero points: quantize with recipe 'int8', or use another engine"
             )
         return self.finish(self.real)
 
@@ -206,8 +206,8 @@ class _Builder(GraphCopy):
 def layer_codes(layer: QuantLayer) -> k.LayerCodes | None:
     """A layer's integers, its bias in float, on its grid; None where the weight's do not fit signed bytes."""
     assert layer.weight_quantizer is not None
-    codes, bias = centred_weight(layer), layer.quantized_parameters().get("bias")
-    if int(codes.min()) < -128 or int(codes.max()) > 127:
+    if not fits_signed_bytes(layer):
         return None
+    codes, bias = centred_weight(layer), layer.quantized_parameters().get("bias")
     scale = layer.weight_quantizer.require_grid().scale
     return k.LayerCodes(codes.to(torch.int8), scale, None if bias is None else bias.detach().clone())

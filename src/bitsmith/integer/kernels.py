@@ -98,6 +98,12 @@ def centred_weight(layer: QuantLayer) -> Tensor:
     return centred_codes(layer.weight.detach(), layer.weight_quantizer.require_grid())
 
 
+def fits_signed_bytes(layer: QuantLayer) -> bool:
+    """Whether the weight's codes less their zero points are signed bytes, as torch's kernels want them."""
+    codes = centred_weight(layer)
+    return int(codes.min()) >= -128 and int(codes.max()) <= 127
+
+
 def bias_codes(layer: QuantLayer) -> Tensor | None:
     """The bias' codes, int32, or None where there is no bias."""
     if layer.bias is None:

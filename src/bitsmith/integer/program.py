@@ -23,7 +23,7 @@ from ..place.plan import clamp_bounds, fused_end, operands
 from ..targets import Target
 from . import laws, max78000, torch_laws
 from .accumulate import Carrier
-from .kernels import Kernel, build_kernel, float_pool, multiplies_on_codes, sums_in_known_order
+from .kernels import Kernel, build_kernel, fits_signed_bytes, float_pool, multiplies_on_codes, sums_in_known_order
 
 EXACT_FLOAT = "exact float"  # computed in float by the runtime, in a way that is known to the bit
 _ELEMENTWISE = {"add", "mul", "cat", "relu", "clamp"}  # IEEE 754 leaves them no freedom
@@ -145,7 +145,10 @@ class Program:
         inputs = [coded.get(node) for node in operands(source)]
         layer = module_of(source)
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
-            inputs.append(layer.weight_quantizer.grid)
+            grid = layer.weight_quantizer.grid
+            inputs.append(grid)
+            if float_bias and grid is not None and grid.zero_point is not None and not fits_signed_bytes(layer):
+                return False
         return self.target.runs_in_integers(op.name, *inputs, *outputs)
 
     def _has_exact_product(self, node: fx.Node) -> bool:
