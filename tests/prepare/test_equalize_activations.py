@@ -140,7 +140,10 @@ def test_inserted_multiplications_are_saved_and_exported(tmp_path: Path) -> None
 
 
 class _PostNorm(nn.Module):
-    """Attention's three layers on a norm whose output is added to theirs: no factor can go into the norm."""
+    """Attention's three layers on a norm whose output is added to theirs: no factor can go into the norm.
+
+    Two channels are large, and what attention takes from the others is most of the result.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,6 +151,10 @@ class _PostNorm(nn.Module):
         self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
         with torch.no_grad():
             self.norm.weight[3], self.norm.weight[7] = 60.0, 90.0
+            self.query.weight *= 0.02
+            self.key.weight *= 0.02
+            self.value.weight *= 20.0
+            self.value.weight[:, [3, 7]] *= 0.02
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.first(x))
@@ -155,13 +162,13 @@ class _PostNorm(nn.Module):
 
 
 def test_layers_behind_a_norm_that_others_read_share_one_multiplication(tmp_path: Path) -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     model, x = _PostNorm().eval(), torch.randn(64, 5, 16)
     plain = bs.quantize(model, [x], Recipe.model_validate({**INT8.model_dump(), "steps": ("fold_batch_norm",)}))
     steps = ("fold_batch_norm", "equalize_activations")
     q = bs.quantize(model, [x], Recipe.model_validate({**INT8.model_dump(), "steps": steps}))
     assert [name for name, _ in q.graph.named_buffers() if name.endswith("input_scale")] == ["query_input_scale"]
-    assert q.report.output_sqnr_db > plain.report.output_sqnr_db
+    assert q.report.output_sqnr_db > plain.report.output_sqnr_db + 10
     bs.save(q, tmp_path / "saved")
     torch.testing.assert_close(bs.load(tmp_path / "saved", _PostNorm().eval())(x), q(x), rtol=0, atol=0)
     assert bs.verify(q, bs.export_onnx(q, tmp_path / "m.onnx"), [x]).passed
