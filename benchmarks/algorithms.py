@@ -27,6 +27,7 @@ import bitsmith as bs
 from benchmarks import nets
 from benchmarks.accuracy import answers, commit
 from benchmarks.rows import append
+from benchmarks.validation import with_symmetric_weights
 from bitsmith.grid import RangeRule
 from bitsmith.recipe import PlacementName, bits_recipe
 from bitsmith.steps import Equalize, Gpfq, Gptq, LearnedRounding, Qronos, Step
@@ -85,10 +86,7 @@ def _by_effort(*names: str, draws: int = 3) -> dict[str, Row]:
     for name in names:
         named, _, placement = name.partition("/")
         recipe = bs.load_recipe(named.removesuffix(", symmetric"))
-        if named != recipe.name:
-            assert recipe.weights is not None
-            weights = recipe.weights.model_copy(update={"symmetric": True})
-            recipe = recipe.model_copy(update={"weights": weights})
+        recipe = recipe if named == recipe.name else with_symmetric_weights(recipe)
         rows[name] = Row(recipe, cast("PlacementName", placement or "runtime"), draws)
     return rows
 

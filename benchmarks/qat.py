@@ -29,7 +29,7 @@ import bitsmith as bs
 from benchmarks import data, nets
 from benchmarks.accuracy import commit
 from benchmarks.nets import top1
-from benchmarks.nets.registry import RESNET_NORM, SHUFFLENET_NORM
+from benchmarks.nets.registry import NORMS
 from bitsmith.qat import Distillation
 
 HELD_OUT = 1000
@@ -62,7 +62,6 @@ ROWS = {
     "w2a4": Training("resnet20", "w2a4-fast", start="ptq", epochs=6, lr=1e-3),
     "po2": Training("shufflenetv2_x0_5", "int8-tensor-po2", "tda4vm", epochs=1, lr=3e-5),
 }
-NORMS = {"resnet20": RESNET_NORM, "shufflenetv2_x0_5": SHUFFLENET_NORM}
 
 
 def augmented(images: Tensor, norm: Any, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

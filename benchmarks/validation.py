@@ -1,14 +1,14 @@
 """Choices that the named recipes rest on, made on images that neither calibrate nor judge.
 
     python -m benchmarks.validation [--recipes int8 fp8] [--nets resnet20 resnet32] [--variants "as it is" ...]
-                                    [--samples N] [--csv FILE]
+                                    [--samples N] [--calibrating N] [--csv FILE]
 
 The CSV file is added to, so that a table can be made in several runs.
 
-CIFAR-10's first 1,000 training images calibrate; the next ``--samples`` of them validate; the test images are not
-touched. The nets were trained on the validation images, so what counts is agreement with the float model: of the
-class, and of the class probabilities (mean Kullback-Leibler divergence, in thousandths of a nat), which tells
-variants apart long before classes change.
+CIFAR-10's first 1,000 training images calibrate, or fewer of them; the next ``--samples`` of them validate; the test
+images are not touched. The nets were trained on the validation images, so what counts is agreement with the float
+model: of the class, and of the class probabilities (mean Kullback-Leibler divergence, in thousandths of a nat), which
+tells variants apart long before classes change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 import bitsmith as bs
 from benchmarks import data, nets
 from benchmarks.accuracy import answers, commit
-from benchmarks.nets.registry import RESNET_NORM, SHUFFLENET_NORM
+from benchmarks.nets.registry import NORMS
 from benchmarks.rows import append
 from bitsmith.grid import RangeRule
 from bitsmith.recipe import PlacementName
@@ -31,8 +31,8 @@ from bitsmith.steps import Gptq, Step
 
 FIELDS = ("net", "recipe", "placement", "variant", "calibration_samples", "validation_samples", "agreement",
           "kl_millinats", "output_sqnr_db", "seed", "commit", "bitsmith")  # fmt: skip
-NORMS = {"resnet20": RESNET_NORM, "resnet32": RESNET_NORM, "shufflenetv2_x0_5": SHUFFLENET_NORM}
 _FEW_BITS = ("w4a8-fast", "w3a8-fast", "w2a8-fast", "w4a4-fast", "w2a4-fast")
+_LEARNING = ("w4a8-best", "w3a8-best", "w2a8-best", "w4a4-best", "w2a4-best")
 
 
 def without(recipe: bs.Recipe, *names: str) -> bs.Recipe:
@@ -56,9 +56,10 @@ def variants(name: str) -> dict[str, tuple[bs.Recipe, int | None]]:
     recipe = bs.load_recipe(name)
     chosen: dict[str, tuple[bs.Recipe, int | None]] = {"as it is": (recipe, None)}
     if name in _FEW_BITS:
-        assert recipe.weights is not None
-        symmetric = recipe.weights.model_copy(update={"symmetric": True})
-        return chosen | {"symmetric weights": (recipe.model_copy(update={"weights": symmetric}), None)}
+        return chosen | {"symmetric weights": (with_symmetric_weights(recipe), None)}
+    if name in _LEARNING:
+        blocks = recipe.step("reconstruct").model_copy(update={"least_samples": 1})
+        return {"no blocks learned": (without(recipe, "reconstruct"), None), "blocks": (stepped(recipe, blocks), None)}
     chosen["no bias correction"] = without(recipe, "bias_correction"), None
     if name == "int8":
         chosen["512 samples"] = recipe, 512
@@ -73,6 +74,12 @@ def variants(name: str) -> dict[str, tuple[bs.Recipe, int | None]]:
     return chosen
 
 
+def with_symmetric_weights(recipe: bs.Recipe) -> bs.Recipe:
+    """The recipe without zero points of weights."""
+    assert recipe.weights is not None
+    return recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"symmetric": True})})
+
+
 def measure(q: bs.QuantizedModel, exact: Tensor, batches: data.Batches) -> dict[str, float]:
     """Agreement with the float model on the validation images."""
     found = answers(q, batches)
@@ -85,15 +92,16 @@ def measure(q: bs.QuantizedModel, exact: Tensor, batches: data.Batches) -> dict[
     }
 
 
-def rows(net: str, names: list[str], wanted: list[str] | None, samples: int) -> Any:
+def rows(net: str, names: list[str], wanted: list[str] | None, samples: int, calibrating: int) -> Any:
     """Every variant of the recipes on one net, under the placements ``fx`` and ``layerwise``; few bits as they are."""
     model, calibration, _, _ = nets.load(net)
+    calibration = calibration[: -(-calibrating // len(calibration[0][0]))]
     images, labels = data.cifar10("train")
     held = slice(1000, 1000 + samples)
     batches = data.batches(data.normalized(images[held], *NORMS[net]), labels[held], 250)
     exact = answers(model, batches)
     for name in names:
-        placements: tuple[PlacementName, ...] = ("runtime",) if name in _FEW_BITS else ("fx", "layerwise")
+        placements: tuple[PlacementName, ...] = ("runtime",) if name in _FEW_BITS + _LEARNING else ("fx", "layerwise")
         for placement in placements:
             for variant, (recipe, noise_samples) in variants(name).items():
                 if wanted and variant not in wanted:
@@ -109,14 +117,17 @@ def rows(net: str, names: list[str], wanted: list[str] | None, samples: int) -> 
 def main() -> None:
     """Measure and print, and write CSV where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8", *_FEW_BITS])
+    parser.add_argument(
+        "--recipes", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8", *_FEW_BITS, *_LEARNING]
+    )
     parser.add_argument("--nets", nargs="+", default=["resnet20", "resnet32"], choices=list(NORMS))
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--samples", type=int, default=3000)
+    parser.add_argument("--calibrating", type=int, default=1000, help="in hundreds")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     for net in options.nets:
-        for row in rows(net, options.recipes, options.variants, options.samples):
+        for row in rows(net, options.recipes, options.variants, options.samples, options.calibrating):
             print(f"{net:18}{row['recipe']:10}{row['placement']:11}{row['variant']:24}{row['agreement']:8.2f} %"
                   f"{row['kl_millinats']:9.3f} mnat{row['output_sqnr_db']:7.2f} dB", flush=True)  # fmt: skip
             if options.csv:

@@ -142,6 +142,7 @@ def _random(name: str, draw: int) -> Benchmark:
 
 RESNET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SHUFFLENET_NORM = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+NORMS = {"resnet20": RESNET_NORM, "resnet32": RESNET_NORM, "shufflenetv2_x0_5": SHUFFLENET_NORM}
 
 _LOADERS: dict[str, Callable[[str, int], Benchmark]] = {
     "resnet20": _cifar(resnet20, "cifar10_resnet20_akamaster.safetensors", *RESNET_NORM, 91.73),
