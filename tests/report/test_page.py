@@ -176,6 +176,14 @@ def test_warnings_come_with_remedies(result: JobResult) -> None:
     assert all(found.values())
 
 
+def test_the_speed_of_what_checks_a_device_s_files_is_no_warning(result: JobResult) -> None:
+    coverage = result.report.coverage.model_copy(update={"runtime": "onnxruntime"})
+    report = result.report.model_copy(update={"coverage": coverage})
+    elsewhere = result.model_copy(update={"report": report})
+    assert any("slower" in warning.what for warning in warnings_for(result))
+    assert not any("slower" in warning.what for warning in warnings_for(elsewhere))
+
+
 @pytest.mark.parametrize(("bits", "integer"), [(4, False), (4, True), (8, False)])
 def test_slow_files_of_packed_weights_are_told_of_bytes(result: JobResult, bits: int, integer: bool) -> None:
     layer = LayerReport(name="b", type="Conv2d", macs=1, weight_bits=bits, input_bits=8, integer=integer)

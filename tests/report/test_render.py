@@ -52,7 +52,7 @@ def test_coverage_tells_quantized_from_integer() -> None:
     line = coverage_line(Report(coverage=Coverage(total_macs=4, quantized_macs=4, integer_macs=1)))
     assert line.startswith("25.0 % of 4 multiply-accumulates run in integers on the target (100.0 %")
     other = Coverage(total_macs=4, quantized_macs=4, integer_macs=1, runtime="another")
-    assert "run in integers on another, which checks the files, (100.0 %" in coverage_line(Report(coverage=other))
+    assert "run in integers in another, which checks the files (100.0 %" in coverage_line(Report(coverage=other))
     assert coverage_line(Report()) == "0.0 % of 0 multiply-accumulates run in integers"
 
 

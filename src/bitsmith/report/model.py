@@ -34,6 +34,11 @@ class Coverage(BaseModel):
     runtime: str = Field(default="the target", description="the target, or what checks its files here")
 
     @property
+    def is_checked_elsewhere(self) -> bool:
+        """Whether what runs here only checks the files of a device: its speed says nothing of the device's."""
+        return self.runtime != "the target"
+
+    @property
     def fraction(self) -> float:
         """Share of the multiply-accumulates that the runtime does in integers, 0 to 1."""
         return self.integer_macs / self.total_macs if self.total_macs else 0.0

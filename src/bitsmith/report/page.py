@@ -202,14 +202,15 @@ def _cards(result: JobResult) -> list[tuple[str, str, str, str]]:
         ratio = result.sizes["float"] / result.sizes["quantized"]
         sizes = f"{render.size(result.sizes['quantized'])} instead of {render.size(result.sizes['float'])}"
         cards.append(("file", f"{ratio:.1f} x smaller", sizes, ""))
+    coverage = result.report.coverage
+    here = f", in {coverage.runtime}" if coverage.is_checked_elsewhere else ""
     for batch, times in list(result.latency.items())[:1]:
         found = times["quantized"]
         speed = f"{found.median_ms:.3g} ms instead of {times['float'].median_ms:.3g} ms, batch {batch}"
         word = f"{found.ratio:.2f} x as fast"
-        cards.append(("speed", word, speed, "bad" if found.ratio < 1 else ""))
-    coverage = result.report.coverage
+        cards.append(("speed" + here, word, speed, "bad" if found.ratio < 1 and not here else ""))
     if coverage.total_macs:
-        remark = f"of {render.count(coverage.total_macs)} multiply-accumulates"
+        remark = f"of {render.count(coverage.total_macs)} multiply-accumulates" + here
         cards.append(("in integers", f"{coverage.fraction:.1%}", remark, ""))
     if result.report.output_sqnr_db is not None:
         remark = "signal to noise at the outputs"

@@ -116,8 +116,8 @@ def coverage_line(report: Report) -> str:
     share = f"{100 * coverage.fraction:.1f} % of {count(coverage.total_macs)}"
     line = f"{share} multiply-accumulates run in integers"
     if coverage.quantized_macs > coverage.integer_macs:
-        checks = "" if coverage.runtime == "the target" else ", which checks the files,"
-        line += f" on {coverage.runtime}{checks} ({100 * coverage.quantized_fraction:.1f} % have quantized operands)"
+        where = f"in {coverage.runtime}, which checks the files" if coverage.is_checked_elsewhere else "on the target"
+        line += f" {where} ({100 * coverage.quantized_fraction:.1f} % have quantized operands)"
     names = coverage.float_layers
     if names:
         line += f"; in float: {listed(names)}"

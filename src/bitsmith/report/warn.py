@@ -101,9 +101,9 @@ def _clipping(result: JobResult) -> list[Warning]:
 
 def _speed(result: JobResult) -> list[Warning]:
     slow = [batch for batch, times in result.latency.items() if times["quantized"].ratio < 1.0]
-    if not slow:
-        return []
     coverage = result.report.coverage
+    if not slow or coverage.is_checked_elsewhere:
+        return []
     cause = f"in float run {listed(coverage.float_layers)}: " if coverage.float_layers else ""
     packed = any(not x.integer and 0 < (x.weight_bits or 0) <= 4 for x in result.report.layers)
     store = "keep 4-bit weights in bytes (--opset 20, or export_onnx with pack_int4=False), " if packed else ""
